@@ -1,0 +1,55 @@
+# make demo   set everything up and fine-tune a small model      make test    set up and run the tests
+# make check  formatting, lint and types                         make clean   remove what make made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
+CPP_SOURCES = $(wildcard templates/*.hpp templates/*.cpp)
+
+.PHONY: demo test test-slow check format setup clean compiler
+
+demo: setup compiler
+	$(BIN)/python examples/finetune.py
+
+test: setup compiler
+	$(BIN)/python -m pytest -m "not slow"
+	@echo "The slow tests (full sizes, many processes) run with: make test-slow"
+
+test-slow: setup compiler
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "jitmoe needs Python 3.11 or newer, and '$(PYTHON)' was not found." \
+	  "Install it (Debian/Ubuntu: apt install python3 python3-venv; Fedora: dnf install python3;" \
+	  "conda: conda install python=3.11) or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jitmoe needs Python 3.11 or newer," \
+	  "and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name a newer one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments." \
+	  "Install them (Debian/Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,examples]'
+	@touch $@
+
+compiler:
+	@test -n "$(CXX_FOUND)" || { echo "jitmoe compiles its kernels and found no C++ compiler. Install one" \
+	  "(Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx)" \
+	  "or name one in JITMOE_CXX" >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""From configs to compiled kernels: plan, render, look into the cache, compile what is missing."""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from jitmoe import cache, cpu, plan, render, settings, toolchain
+from jitmoe.config import MoEConfig
+from jitmoe.errors import BuildError
+from jitmoe.plan import Shape
+from jitmoe.render import Instance
+from jitmoe.toolchain import Compiler
+
+ABI_VERSION = 1
+"""Version of the C interface between Python and the kernels; ``kAbiVersion`` in the templates."""
+
+Headers = tuple[tuple[str, bytes], ...]
+"""Name and content of each template header, by name."""
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel of a build.
+
+    Attributes:
+        shape: what it was compiled for.
+        key: 64 hexadecimal digits over everything that determines its code.
+        path: the shared library, its digest checked.
+        status: "compiled" or "cached".
+        seconds: wall time to compile it, or to find and check it.
+    """
+
+    shape: Shape
+    key: str
+    path: Path
+    status: str
+    seconds: float
+
+    @property
+    def isa(self) -> str:
+        """Instruction set."""
+        return self.shape.isa
+
+    @property
+    def m_step(self) -> int:
+        """Rows of a register block."""
+        return self.shape.m_step
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What :func:`build` did; prints as a table."""
+
+    kernels: tuple[KernelReport, ...]
+
+    def __str__(self) -> str:
+        rows = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
+        for kernel in self.kernels:
+            figures = (str(kernel.m_step), kernel.status, f"{kernel.seconds:.2f}", str(kernel.path))
+            rows.append((kernel.shape.name, kernel.isa, *figures))
+        return table(rows)
+
+
+def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> BuildReport:
+    """Compile every kernel that ``configs`` can need, so that no later call waits for the compiler.
+
+    Args:
+        configs: one config or several; kernels that they share are built once.
+        progress: print a line on stderr for each finished kernel.
+
+    Returns:
+        One report per kernel, in the order of the configs and their plans.
+
+    Raises:
+        IsaError: if a config forces an instruction set that cannot run here.
+        BuildError: if there is no compiler, or it fails.
+        CacheSecurityError: if somebody else could write into the cache.
+    """
+    wanted = (configs,) if isinstance(configs, MoEConfig) else tuple(configs)
+    plans = [plan.plan_kernels(config, cpu.resolve_isa(config.requested_isa)) for config in wanted]
+    shapes = dict.fromkeys(shape for kernel_plan in plans for shape in kernel_plan.shapes)
+    return BuildReport(tuple(build_instances([render.render(shape) for shape in shapes], progress)))
+
+
+def build_instances(instances: Sequence[Instance], progress: bool = False) -> list[KernelReport]:
+    """Find or compile each of ``instances``, one compiler per core at a time; reports in the given order.
+
+    Raises:
+        BuildError: the first that failed; builds that had not started are not begun.
+        CacheSecurityError: if somebody else could write into the cache.
+    """
+    compiler, headers, store = toolchain.find_compiler(), template_headers(), cache.open_cache()
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(_find_or_compile, instance, compiler, headers, store) for instance in instances]
+        try:
+            _wait(futures, progress)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def ensure(instance: Instance) -> Path:
+    """Path of the compiled library of ``instance``; compiles it where the cache has none.
+
+    Raises:
+        BuildError: if there is no compiler, or it fails.
+        CacheSecurityError: if somebody else could write into the cache.
+    """
+    return build_instances([instance])[0].path
+
+
+def template_headers() -> Headers:
+    """Every C++ header of the templates: part of each key, and copied beside each instance to compile."""
+    found = (entry for entry in render.template_dir().iterdir() if entry.name.endswith(".hpp"))
+    return tuple(sorted((entry.name, entry.read_bytes()) for entry in found))
+
+
+def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> str:
+    """SHA-256 over all that determines the library's code, and no path: equal on every checkout and machine."""
+    flags = toolchain.flags(instance.shape.isa, compiler.kind)
+    parts = [str(ABI_VERSION), compiler.identity, "\n".join(flags), instance.text]
+    encoded = [part.encode() for part in parts]
+    for name, content in headers:
+        encoded += [name.encode(), content]
+    digest = hashlib.sha256()
+    for part in encoded:
+        # With its length before it, no part can continue into the next.
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _wait(futures: Sequence[Future[KernelReport]], progress: bool) -> None:
+    for count, future in enumerate(as_completed(futures), 1):
+        report = future.result()
+        if progress:
+            step = f"[{count}/{len(futures)}]"
+            print(f"jitmoe: {step} {report.shape.name} {report.status} {report.seconds:.1f} s", file=sys.stderr)
+
+
+def _find_or_compile(instance: Instance, compiler: Compiler, headers: Headers, store: cache.Cache) -> KernelReport:
+    start = time.perf_counter()
+    key = instance_key(instance, compiler, headers)
+    status = "cached"
+    try:
+        path = store.find(key)
+        if path is None:
+            path, status = _compile_once(instance, key, compiler, headers, store)
+    except OSError as error:
+        raise BuildError(
+            f"cannot store the kernel {instance.shape.name} in {store.root}: {error}. "
+            "Make room there or set JITMOE_CACHE_DIR."
+        ) from error
+    return KernelReport(instance.shape, key, path, status, time.perf_counter() - start)
+
+
+def _compile_once(
+    instance: Instance, key: str, compiler: Compiler, headers: Headers, store: cache.Cache
+) -> tuple[Path, str]:
+    """Under the lock of ``key``: take what another process published meanwhile, or compile and publish."""
+    timeout = settings.get("compile_timeout")
+    # The holder is allowed one whole compilation, and time to write it down.
+    with store.lock(key, timeout + 60.0):
+        path = store.find(key)
+        if path is not None:
+            return path, "cached"
+        folder = store.start(key)
+        try:
+            _compile_into(folder, instance, headers, compiler, timeout, store.log_path(key))
+            return store.publish(key, folder, _origin(instance, compiler)), "compiled"
+        except BaseException:
+            store.abandon(key)
+            raise
+
+
+def _compile_into(
+    folder: Path, instance: Instance, headers: Headers, compiler: Compiler, timeout: float, log: Path
+) -> None:
+    # The headers are written from the bytes that are in the key: one edited in this moment, or one
+    # inside a zip file, makes no difference. The folder's name makes messages say templates/<file>.
+    include = folder / "templates"
+    include.mkdir()
+    for name, content in headers:
+        (include / name).write_bytes(content)
+    source = folder / cache.SOURCE
+    source.write_text(instance.text, encoding="utf-8")
+    flags = toolchain.flags(instance.shape.isa, compiler.kind)
+    toolchain.compile(compiler, source, folder / cache.LIBRARY, flags, include, timeout, log)
+    for name, _ in headers:
+        (include / name).unlink()
+    include.rmdir()
+
+
+def _origin(instance: Instance, compiler: Compiler) -> dict[str, str]:
+    """What a person who looks into the cache wants to know about an entry."""
+    return {
+        "name": instance.shape.name,
+        "compiler": compiler.identity,
+        "flags": " ".join(toolchain.flags(instance.shape.isa, compiler.kind)),
+    }

@@ -1,0 +1,241 @@
+"""The ``jitmoe`` command: examine the machine, warm the cache, look at what is generated."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jitmoe import cache, cpu, plan, render, settings, toolchain
+from jitmoe.build import build, instance_key, table, template_headers
+from jitmoe.config import ISAS, LORA_DTYPES, MoEConfig
+from jitmoe.errors import ConfigError, JitmoeError
+
+OPENMP_PROGRAM = """#include <omp.h>
+extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
+"""
+
+MISSING = "not installed"
+
+REQUIRED_FIELDS = ("num_experts", "hidden_size", "intermediate_size", "top_k")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, or 1 after a message on stderr (2: wrong usage)."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except JitmoeError as error:
+        print(f"jitmoe: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader (head, less) went away. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jitmoe", description="Mixture-of-Experts kernels for CPUs, compiled here.")
+    parser.add_argument("--version", action="version", version=f"jitmoe {_version('jitmoe')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    doctor = _command(commands, "doctor", _doctor, "examine CPU, compiler, cache and packages; exit 1 with advice")
+    doctor.epilog = "Environment variables: " + "; ".join(
+        f"{setting.variable}: {setting.meaning}" for setting in settings.SETTINGS.values()
+    )
+    _add_config_options(_command(commands, "build", _build, "compile the kernels of a config into the cache"))
+    _add_config_options(_command(commands, "show", _show, "print the plan, keys and generated C++ of a config"))
+
+    store = _command(commands, "cache", None, "where compiled kernels are kept")
+    actions = store.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _command(actions, "path", _cache_path, "print the cache directory")
+    _command(actions, "list", _cache_list, "list the kernels in it and whether each is intact")
+    _command(actions, "clear", _cache_clear, "remove them all; the next use compiles again")
+    return parser
+
+
+def _command(
+    parent: Any, name: str, run: Callable[[argparse.Namespace], int] | None, purpose: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand; ``Any`` because argparse keeps the type of subparsers to itself."""
+    parser: argparse.ArgumentParser = parent.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+    if run is not None:
+        parser.set_defaults(command=run)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    # Absent options are left out of the namespace, so that they do not hide what a file says.
+    sizes = parser.add_argument_group("config", "sizes of the layer; they override those of --config")
+    sizes.add_argument("--config", type=Path, metavar="FILE.json", help="JSON object with fields of MoEConfig")
+    helps = {
+        "num_experts": "E, experts held by the layer",
+        "hidden_size": "H, width of the token rows",
+        "intermediate_size": "I, width between up and down projection",
+        "top_k": "K, experts per token",
+        "lora_rank": "r, rank of the adapters; 0 is without LoRA",
+        "m_step": "rows of a register block to force; default: all, and each call picks one",
+    }
+    for field, text in helps.items():
+        option = "--" + field.replace("_", "-")
+        sizes.add_argument(option, type=int, metavar="N", default=argparse.SUPPRESS, help=text)
+    sizes.add_argument(
+        "--lora-dtype", choices=LORA_DTYPES, default=argparse.SUPPRESS, help="dtype of the LoRA parameters"
+    )
+    sizes.add_argument(
+        "--isa", choices=("auto", *ISAS), default=argparse.SUPPRESS, help="instruction set; auto: the best usable one"
+    )
+
+
+def _config(arguments: argparse.Namespace) -> MoEConfig:
+    """The config of ``--config`` and the options, options first."""
+    known = {field.name for field in dataclasses.fields(MoEConfig)}
+    fields = {} if arguments.config is None else _read_fields(arguments.config, known)
+    fields |= {name: value for name, value in vars(arguments).items() if name in known}
+    missing = [name for name in REQUIRED_FIELDS if name not in fields]
+    if missing:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"the config lacks {', '.join(missing)}: give {options}, or --config FILE.json")
+    return MoEConfig(**fields)
+
+
+def _read_fields(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--config {path} must hold a JSON object with fields of MoEConfig")
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"--config {path} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return fields
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    print(build(_config(arguments)))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    kernel_plan = plan.plan_kernels(config, cpu.resolve_isa(config.requested_isa))
+    compiler, headers = toolchain.find_compiler(), template_headers()
+    print(f"config    {config}\nisa       {kernel_plan.isa}\ncompiler  {compiler.identity}")
+    for shape in kernel_plan.shapes:
+        instance = render.render(shape)
+        print(f"\nkernel    {shape.name}\nshape     {shape}\nkey       {instance_key(instance, compiler, headers)}\n")
+        print(instance.text)
+    return 0
+
+
+def _cache_path(_: argparse.Namespace) -> int:
+    print(cache.location())
+    return 0
+
+
+def _cache_list(_: argparse.Namespace) -> int:
+    entries = cache.open_cache().entries()
+    rows = [("kernel", "state", "KiB", "compiler", "directory")]
+    for entry in entries:
+        size = sum(path.stat().st_size for path in entry.directory.iterdir()) / 1024
+        state = "intact" if entry.intact else "damaged"
+        origin = (str(entry.meta.get("compiler", "?")), str(entry.directory))
+        rows.append((str(entry.meta.get("name", "?")), state, f"{size:.0f}", *origin))
+    print(table(rows) if entries else f"no kernels in {cache.location()}")
+    return 0
+
+
+def _cache_clear(_: argparse.Namespace) -> int:
+    store = cache.open_cache()
+    print(f"removed {store.clear()} kernels from {store.root}")
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    problems: list[str] = []
+    print(table([*_describe_python(problems), *_describe_cpu(problems), *_describe_cache(problems)]))
+    print(table(_describe_compiler(problems)))
+    for problem in problems:
+        print(f"\nproblem: {problem}", file=sys.stderr)
+    print(f"\n{len(problems)} problem(s)" if problems else "\neverything that jitmoe needs is here")
+    return 1 if problems else 0
+
+
+def _describe_python(problems: list[str]) -> list[tuple[str, str]]:
+    rows = [("jitmoe", _version("jitmoe")), ("python", platform.python_version())]
+    for package in ("torch", "numba", "llvmlite", "numpy"):
+        version = _version(package)
+        rows.append((package, version))
+        if version == MISSING:
+            problems.append(f"the package {package} is not installed: pip install {package}")
+    return rows
+
+
+def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
+    wanted = settings.get("isa") or "auto"
+    try:
+        chosen = cpu.resolve_isa(wanted)
+    except JitmoeError as error:
+        problems.append(f"JITMOE_ISA: {error}")
+        chosen = "none"
+    rows = [("cpu", cpu.detect().model), ("isa", f"{chosen} (asked for: {wanted})")]
+    for capability in cpu.capabilities():
+        rows.append((f"  {capability.isa}", f"{'yes' if capability.usable else 'no '}  {capability.reason}"))
+    threads = settings.get("omp_threads") or "not set"
+    return [*rows, ("threads", f"{len(os.sched_getaffinity(0))} usable CPUs, OMP_NUM_THREADS {threads}")]
+
+
+def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
+    intended = cache.location()
+    try:
+        store = cache.open_cache()
+    except JitmoeError as error:
+        problems.append(str(error))
+        return [("cache", f"{intended}, refused")]
+    if store.root != intended:
+        problems.append(
+            f"kernels cannot be kept in {intended}, each process compiles its own: set JITMOE_CACHE_DIR to a "
+            "directory that you can write to and execute from"
+        )
+        return [("cache", f"{intended}, not usable")]
+    entries = store.entries()
+    damaged = sum(not entry.intact for entry in entries)
+    return [("cache", f"{intended}, writable, {len(entries)} kernels, {damaged} damaged")]
+
+
+def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:
+    """The compiler, and whether it really compiles OpenMP code with our flags."""
+    try:
+        compiler = toolchain.find_compiler()
+        rows = [("compiler", f"{compiler.path} ({compiler.identity})")]
+        _compile_openmp_program(compiler)
+    except JitmoeError as error:
+        problems.append(str(error))
+        return [("compiler", "not usable")]
+    return [*rows, ("openmp", "a test program was compiled")]
+
+
+def _compile_openmp_program(compiler: toolchain.Compiler) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="jitmoe-doctor-"))
+    source = folder / "openmp.cpp"
+    source.write_text(OPENMP_PROGRAM, encoding="utf-8")
+    flags = toolchain.flags("ref", compiler.kind)
+    limit = settings.get("compile_timeout")
+    toolchain.compile(compiler, source, folder / "openmp.so", flags, folder, limit, folder / "build.log")
+    shutil.rmtree(folder)  # only after success: the error names the log in it
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING

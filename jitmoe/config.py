@@ -1,0 +1,101 @@
+"""What the user asks for: the sizes of the layer and of its adapters."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jitmoe import settings
+from jitmoe.errors import ConfigError
+
+ISAS = ("avx512", "ref")
+"""Instruction sets with kernels, best first; ``ref`` is scalar C++ that any CPU runs."""
+
+LORA_DTYPES = ("float32", "bfloat16")
+
+MAX_SIZE = 1 << 40
+"""Upper bound of any one size: products of two stay inside a signed 64-bit integer with room."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Sizes and options of one Mixture-of-Experts feed-forward layer.
+
+    Attributes:
+        num_experts: E, experts held by this layer.
+        hidden_size: H, width of the token rows.
+        intermediate_size: I, width between up and down projections.
+        top_k: K, experts chosen per token.
+        lora_rank: r, rank of the adapters; 0 is a layer without LoRA.
+        lora_alpha: numerator of the LoRA scaling.
+        use_rslora: scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023) instead of alpha / r.
+        lora_dtype: "float32" or "bfloat16", dtype of the six LoRA parameters.
+        isa: "auto" or one of :data:`ISAS`. ``JITMOE_ISA`` overrides it.
+        m_step: rows per register block to force, or None to let the planner choose by rows per expert.
+        allow_skip: an expert id outside [0, E) is a slot to skip (expert parallelism), not an error.
+        batch_invariant: a token's results do not depend on which other tokens share the call.
+        recompute: save nothing for backward and compute gate and up again there.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    use_rslora: bool = False
+    lora_dtype: str = "float32"
+    isa: str = "auto"
+    m_step: int | None = None
+    allow_skip: bool = False
+    batch_invariant: bool = False
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_experts", 1),
+            ("hidden_size", 1),
+            ("intermediate_size", 1),
+            ("top_k", 1),
+            ("lora_rank", 0),
+        ):
+            _check_int(name, getattr(self, name), least)
+        if self.m_step is not None:
+            _check_int("m_step", self.m_step, 1)
+        if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha):
+            raise ConfigError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
+        _check_choice("lora_dtype", self.lora_dtype, LORA_DTYPES)
+        _check_choice("isa", self.isa, ("auto", *ISAS))
+        for name in ("use_rslora", "allow_skip", "batch_invariant", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def lora_scale(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with ``use_rslora``; 0 without LoRA."""
+        if self.lora_rank == 0:
+            return 0.0
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+
+    @property
+    def requested_isa(self) -> str:
+        """``isa``, or what ``JITMOE_ISA`` says instead."""
+        override = settings.get("isa")
+        if override is None:
+            return self.isa
+        _check_choice("JITMOE_ISA", override, ("auto", *ISAS))
+        return str(override)
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if not least <= value <= MAX_SIZE:
+        raise ConfigError(f"{name} must be between {least} and 2^40, got {value}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

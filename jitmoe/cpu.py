@@ -1,0 +1,114 @@
+"""What this machine can execute, and which instruction set a layer therefore uses."""
+
+import logging
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import llvmlite.binding
+
+from jitmoe.config import ISAS
+from jitmoe.errors import IsaError
+
+log = logging.getLogger(__name__)
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+REQUIRED_FEATURES: dict[str, tuple[str, ...]] = {
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "avx512_bf16": (*_AVX512, "avx512bf16"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "ref": (),
+}
+"""CPU features that each instruction set's kernels may use, in LLVM's spelling; best set first.
+It also names sets for which this version has no kernels, so that their absence is reported as such."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor: its model name and the features that it and the operating system offer."""
+
+    model: str
+    features: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether the kernels of ``isa`` can run here; ``reason`` says why not, or what was checked."""
+
+    isa: str
+    usable: bool
+    reason: str
+
+
+@cache
+def detect() -> Cpu:
+    """The processor this process runs on.
+
+    LLVM reads CPUID and XCR0: a vector feature whose registers the operating system does not save is
+    not in the list.
+    """
+    found = llvmlite.binding.get_host_cpu_features()
+    return Cpu(_model_name(), frozenset(name for name, present in found.items() if present))
+
+
+def _model_name() -> str:
+    """Name from /proc/cpuinfo; the architecture where there is no such file or line."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def capabilities(cpu: Cpu | None = None) -> tuple[Capability, ...]:
+    """One :class:`Capability` for each known instruction set, best first."""
+    return tuple(_capability(isa, cpu or detect()) for isa in REQUIRED_FEATURES)
+
+
+def _capability(isa: str, cpu: Cpu) -> Capability:
+    missing = missing_features(isa, cpu)
+    if missing:
+        return Capability(isa, False, f"the CPU or the operating system does not offer {', '.join(missing)}")
+    if isa not in ISAS:
+        return Capability(isa, False, "the CPU offers it, but this version of jitmoe has no kernels for it")
+    needed = ", ".join(REQUIRED_FEATURES[isa]) or "no special features"
+    return Capability(isa, True, f"needs {needed}")
+
+
+def missing_features(isa: str, cpu: Cpu) -> tuple[str, ...]:
+    """Features that the kernels of ``isa`` need and ``cpu`` does not offer."""
+    return tuple(name for name in REQUIRED_FEATURES[isa] if name not in cpu.features)
+
+
+def resolve_isa(requested: str) -> str:
+    """The concrete instruction set for ``requested``, which is "auto" or a name.
+
+    "auto" takes the best set that this machine can execute and that has kernels.
+
+    Raises:
+        IsaError: if ``requested`` is a set that cannot run here; the message names the failed check.
+    """
+    found = {capability.isa: capability for capability in capabilities()}
+    if requested == "auto":
+        chosen = next(isa for isa in ISAS if found[isa].usable)
+        _report_fallback(chosen)
+        return chosen
+    if requested not in found:
+        raise IsaError(f"unknown instruction set {requested!r}; known are auto, {', '.join(found)}")
+    if not found[requested].usable:
+        usable = ", ".join(isa for isa in found if found[isa].usable)
+        raise IsaError(f"isa={requested!r} cannot be used: {found[requested].reason}. Usable here: auto, {usable}")
+    return requested
+
+
+@cache
+def _report_fallback(chosen: str) -> None:
+    """Say once why the best set that the CPU has is not the one in use."""
+    best = next(capability for capability in capabilities() if not missing_features(capability.isa, detect()))
+    if best.isa != chosen:
+        log.info("using %s: %s cannot be used (%s)", chosen, best.isa, best.reason)

@@ -1,0 +1,49 @@
+"""One exception for each reason a call can be refused.
+
+Every class also derives from the built-in exception that a PyTorch user would expect, so
+``except ValueError`` keeps working. Messages name what is wrong, where, and what to do.
+"""
+
+
+class JitmoeError(Exception):
+    """Base of every exception that jitmoe raises on purpose."""
+
+
+class ConfigError(JitmoeError, ValueError):
+    """A field of :class:`~jitmoe.config.MoEConfig` has a value that makes no layer."""
+
+
+class SettingError(JitmoeError, ValueError):
+    """A ``JITMOE_*`` environment variable holds something its type does not allow."""
+
+
+class InputError(JitmoeError, ValueError):
+    """A tensor given to the layer has the wrong shape, device, layout or values."""
+
+
+class InputTypeError(JitmoeError, TypeError):
+    """A tensor given to the layer has a dtype that the contract does not name."""
+
+
+class WeightsChangedError(JitmoeError, RuntimeError):
+    """The frozen, packed base weights were written to after the layer was built."""
+
+
+class PlanError(JitmoeError, RuntimeError):
+    """A plan contradicts itself: two live buffers share addresses, or a size is impossible."""
+
+
+class IsaError(JitmoeError, RuntimeError):
+    """An instruction set was asked for that this machine cannot execute."""
+
+
+class BuildError(JitmoeError, RuntimeError):
+    """A kernel could not be compiled. Names the command, the first error line and the log."""
+
+
+class CacheSecurityError(JitmoeError, RuntimeError):
+    """The kernel cache could be written by somebody else, so nothing is loaded from it."""
+
+
+class KernelError(JitmoeError, RuntimeError):
+    """A compiled kernel refused a call; the status it returned is in the message."""

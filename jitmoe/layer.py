@@ -1,0 +1,203 @@
+"""The layer that users see: a normal ``nn.Module`` around the experts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from jitmoe import kernels
+from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction
+from jitmoe.config import MoEConfig
+from jitmoe.cpu import resolve_isa
+from jitmoe.errors import InputError, InputTypeError
+from jitmoe.pack import ExpertSource, Seal, check_base, empty_packed, pack_experts, unpack_experts
+from jitmoe.plan import plan_kernels
+from jitmoe.route import route
+
+PROJECTIONS = ("gate", "up", "down")
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+class MoELayer(nn.Module):
+    """Mixture-of-Experts feed-forward with frozen bfloat16 experts and trainable LoRA.
+
+    ``out[t] = sum_k weights[t, k] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`` with ``e = topk_ids[t, k]``, where
+    each projection is ``v W^T + s (v A^T) B^T`` (LoRA, Hu et al. 2021).
+
+    Args:
+        config: sizes and options.
+        gate_proj: bfloat16 [E, I, H]; a stacked tensor, a sequence of E matrices, or a function from an
+            expert's number to its matrix (see :data:`~jitmoe.pack.ExpertSource`). Packed expert by expert
+            into the layer's only copy; the layer keeps no reference to the source.
+        up_proj: bfloat16 [E, I, H], likewise.
+        down_proj: bfloat16 [E, H, I], likewise.
+
+    Parameters (``config.lora_dtype``, absent with ``lora_rank=0``): ``gate_lora_a``, ``up_lora_a`` [E, r, H];
+    ``gate_lora_b``, ``up_lora_b`` [E, I, r]; ``down_lora_a`` [E, r, I]; ``down_lora_b`` [E, H, r]. A is initialised
+    as PEFT does (Kaiming uniform, a = sqrt 5), B with zeros.
+
+    Raises:
+        InputError: a base weight has the wrong shape or device.
+        InputTypeError: a base weight is not bfloat16.
+        IsaError: ``config.isa`` names a set that this machine cannot execute.
+    """
+
+    def __init__(
+        self, config: MoEConfig, gate_proj: ExpertSource, up_proj: ExpertSource, down_proj: ExpertSource
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.isa = resolve_isa(config.requested_isa)
+        self._seal = Seal()
+        for name, source in zip(PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True):
+            out, in_ = self._extent(name)
+            packed = empty_packed(config.num_experts, out, in_)
+            pack_experts(self._any_kernels(), f"{name}_proj", source, packed, out, in_)
+            self.register_buffer(f"packed_{name}", packed, persistent=False)
+            self._seal.close(name, packed)
+        if config.lora_rank:
+            for name in LORA_NAMES:
+                shape = self._lora_shape(name)
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
+            self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A uniform as in PEFT (Kaiming with a = sqrt 5: bound 1 / sqrt(in)), B zero: the layer equals its base."""
+        with torch.no_grad():
+            for name in LORA_NAMES:
+                parameter = getattr(self, name)
+                if name.endswith("_a"):
+                    bound = 1.0 / math.sqrt(parameter.shape[-1])
+                    parameter.uniform_(-bound, bound)
+                else:
+                    parameter.zero_()
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Apply the experts.
+
+        Args:
+            x: [..., H] bfloat16 or float32 (rounded to bfloat16 on entry).
+            topk_ids: [..., K] int64 or int32, expert of each slot.
+            weights: [..., K] float32 or bfloat16, routing weight of each slot.
+
+        Returns:
+            [..., H] in x's dtype.
+
+        Raises:
+            InputError: wrong shape, device or expert id; names the tensor, or the token and slot.
+            InputTypeError: wrong dtype.
+            WeightsChangedError: the packed weights were written to.
+        """
+        hidden, top_k = self.config.hidden_size, self.config.top_k
+        _check("x", x, FLOATS, hidden)
+        _check("topk_ids", topk_ids, (torch.int64, torch.int32), top_k)
+        _check("weights", weights, FLOATS, top_k)
+        lead = x.shape[:-1]
+        for name, tensor in (("topk_ids", topk_ids), ("weights", weights)):
+            if tensor.shape[:-1] != lead:
+                raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
+        lora = self._lora()
+        context = self._context(topk_ids.reshape(-1, top_k), x, weights, lora)
+        out: torch.Tensor = MoEFunction.apply(
+            context, x.reshape(-1, hidden).contiguous(), weights.reshape(-1, top_k), *lora
+        )
+        return out.reshape(x.shape)
+
+    def unpack(self) -> dict[str, torch.Tensor]:
+        """Canonical copies of the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I]."""
+        return {
+            f"{name}_proj": unpack_experts(self._any_kernels(), packed, *self._extent(name))
+            for name, packed in self._packed().items()
+        }
+
+    def extra_repr(self) -> str:
+        """Sizes and instruction set, shown by ``print(model)``."""
+        c = self.config
+        return (
+            f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
+            f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={self.isa}"
+        )
+
+    def _context(
+        self, topk_ids: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]
+    ) -> CallContext:
+        packed = self._packed()
+        for name, tensor in packed.items():
+            self._seal.check(name, tensor)
+        routed = route(topk_ids.contiguous().numpy(), self.config.num_experts, self.config.allow_skip)
+        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
+        lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
+        plan = plan_kernels(self.config, self.isa, lora_dtype)
+        shape = plan.select(routed.row_token.size, routed.active.size)
+        return CallContext(self.config, shape, routed, packed, saves)
+
+    def _lora(self) -> list[torch.Tensor]:
+        """The LoRA parameters as dense tensors, checked: they may have been cast or moved since."""
+        if not self.config.lora_rank:
+            return []
+        lora = [getattr(self, name) for name in LORA_NAMES]
+        for name, tensor in zip(LORA_NAMES, lora, strict=True):
+            if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
+                raise InputTypeError(f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}")
+            if tensor.device.type != "cpu" or tuple(tensor.shape) != self._lora_shape(name):
+                raise InputError(
+                    f"{name} must be a CPU tensor of shape {list(self._lora_shape(name))}, "
+                    f"got {list(tensor.shape)} on {tensor.device}"
+                )
+        return [tensor.contiguous() for tensor in lora]
+
+    def _packed(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, f"packed_{name}") for name in PROJECTIONS}
+
+    def _any_kernels(self) -> kernels.Kernels:
+        """Some instance: packing is the same in all of them."""
+        return kernels.load(plan_kernels(self.config, self.isa).shapes[-1])
+
+    def _extent(self, projection: str) -> tuple[int, int]:
+        """(out, in) of a projection."""
+        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
+        return (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+
+    def _lora_shape(self, name: str) -> tuple[int, int, int]:
+        out, in_ = self._extent(name.split("_")[0])
+        rank = self.config.lora_rank
+        return (self.config.num_experts, rank, in_) if name.endswith("_a") else (self.config.num_experts, out, rank)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination.update({prefix + name: tensor for name, tensor in self.unpack().items()})
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        bases = {prefix + f"{name}_proj": name for name in PROJECTIONS}
+        rest = {key: value for key, value in state_dict.items() if key not in bases}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in bases if strict and key not in state_dict)
+        present = {key: name for key, name in bases.items() if key in state_dict}
+        try:
+            for key, name in present.items():
+                check_base(key, state_dict[key], (self.config.num_experts, *self._extent(name)))
+        except (InputError, InputTypeError) as error:
+            error_msgs.append(str(error))
+            return
+        for key, name in present.items():
+            packed = getattr(self, f"packed_{name}")
+            pack_experts(self._any_kernels(), key, state_dict[key], packed, *self._extent(name))
+            self._seal.close(name, packed)
+
+
+def _check(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], last: int) -> None:
+    """Refuse what is not a dense CPU tensor [..., last] of one of ``dtypes``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise InputTypeError(f"{name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
+    if tensor.dim() < 1 or tensor.shape[-1] != last:
+        raise InputError(f"{name} must have shape [..., {last}], got {list(tensor.shape)}")

@@ -1,0 +1,120 @@
+"""The one copy of the frozen weights: packed once, owned by the layer, given back bit for bit."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
+from jitmoe.kernels import Kernels
+from jitmoe.plan import K_STEP, N_STRIP, ceil_div
+from jitmoe.workspace import allocate
+
+ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Tensor]
+"""Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of
+E matrices, or a function from the expert's number to its matrix, which is called once per expert and
+whose result is let go before the next call."""
+
+
+def packed_elements(out: int, in_: int) -> int:
+    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in pack.hpp."""
+    return ceil_div(out, N_STRIP) * N_STRIP * ceil_div(in_, K_STEP) * K_STEP
+
+
+def empty_packed(experts: int, out: int, in_: int) -> torch.Tensor:
+    """Room for ``experts`` packed matrices, int16 [E, packed_elements]: bits that ``.to(dtype)`` leaves alone."""
+    pages = allocate(experts * packed_elements(out, in_) * 2)
+    return torch.from_numpy(pages).view(torch.int16).view(experts, -1)
+
+
+def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torch.Tensor, out: int, in_: int) -> None:
+    """Fill ``packed`` expert by expert.
+
+    Args:
+        kernels: any instance; the layout is the same in all.
+        name: of the tensor, for error messages.
+        source: see :data:`ExpertSource`; matrices are bfloat16 [out, in] on the CPU.
+        packed: from :func:`empty_packed`.
+        out: rows of a matrix.
+        in_: columns of a matrix.
+
+    Raises:
+        InputError: wrong number, shape or device. Nothing is packed from a stacked tensor or sequence then.
+        InputTypeError: not bfloat16.
+    """
+    experts = packed.shape[0]
+    if isinstance(source, torch.Tensor):
+        check_base(name, source, (experts, out, in_))
+    elif not callable(source) and len(source) != experts:
+        raise InputError(f"{name} has {len(source)} matrices, expected one for each of {experts} experts")
+    for expert in range(experts):
+        matrix = source(expert) if callable(source) else source[expert]
+        check_base(f"{name}[{expert}]", matrix, (out, in_))
+        matrix = matrix.detach().contiguous()
+        kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, torch.get_num_threads())
+
+
+def unpack_experts(kernels: Kernels, packed: torch.Tensor, out: int, in_: int) -> torch.Tensor:
+    """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed."""
+    experts = packed.shape[0]
+    result = torch.empty(experts, out, in_, dtype=torch.bfloat16)
+    kernels.unpack(packed.data_ptr(), result.data_ptr(), experts, out, in_, torch.get_num_threads())
+    return result
+
+
+def check_base(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a base weight that is not a dense bfloat16 CPU tensor of ``shape``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.bfloat16:
+        raise InputTypeError(f"{name} must be bfloat16, got {tensor.dtype}; convert it with .to(torch.bfloat16)")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
+
+
+class Seal:
+    """Notices writes to packed weights through torch's version counter of each tensor."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def close(self, name: str, packed: torch.Tensor) -> None:
+        """Take the present contents of ``packed`` as the right ones."""
+        self._seen[name] = (packed.data_ptr(), packed._version)
+
+    def check(self, name: str, packed: torch.Tensor) -> None:
+        """Raise :class:`WeightsChangedError` if ``packed`` was written to; a copy elsewhere is sealed anew."""
+        address, version = self._seen.get(name, (0, 0))
+        if address != packed.data_ptr():
+            self.close(name, packed)
+        elif version != packed._version:
+            raise WeightsChangedError(
+                f"the packed {name} weights were written to; they are frozen. Load new ones with load_state_dict()"
+            )
+
+
+def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Tensor]:
+    """Read the experts' matrices one by one from a safetensors file.
+
+    Args:
+        path: the file.
+        name: of one stacked tensor [E, out, in], or with ``{expert}`` in it of one matrix for each expert, e.g.
+            ``"model.layers.3.mlp.experts.{expert}.gate_proj.weight"``.
+
+    Returns:
+        A function from the expert's number to its matrix, for the constructor of the layer.
+    """
+    from safetensors import safe_open
+
+    def read(expert: int) -> torch.Tensor:
+        with safe_open(str(path), framework="pt") as file:
+            matrix: torch.Tensor
+            if "{expert}" in name:
+                matrix = file.get_tensor(name.format(expert=expert))
+            else:
+                matrix = file.get_slice(name)[expert]
+        return matrix
+
+    return read

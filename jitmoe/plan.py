@@ -1,0 +1,157 @@
+"""What the library decides: which kernels a config needs and which one a call takes.
+
+All shape arithmetic lives here, on frozen, printable objects. Nothing is allocated.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jitmoe.config import ISAS, MoEConfig
+from jitmoe.errors import ConfigError
+
+K_STEP = 32
+"""Columns of one packed block along the contraction; ranks are padded to it."""
+
+N_STRIP = 32
+"""Output columns of one strip of packed weights."""
+
+M_STEPS: dict[str, tuple[int, ...]] = {
+    "avx512": (4, 14),
+    "ref": (4, 14),
+}
+"""Rows of a register block, per instruction set, ascending. Few rows expand the weights in registers
+(4 rows leave room for it); many rows sweep an expanded float32 panel (14 x 2 vectors fill 28 of the
+32 registers with accumulators)."""
+
+FEW_ROWS = 8
+"""Mean rows per active expert up to which the smallest M_STEP is taken."""
+
+
+GROUP_BYTES = 24 << 20
+"""Panels of one group: rows of several experts that go through the steps together."""
+
+
+def ceil_div(value: int, step: int) -> int:
+    """``value / step``, rounded up."""
+    return -(-value // step)
+
+
+def round_up(value: int, step: int) -> int:
+    """Smallest multiple of ``step`` that is not below ``value``."""
+    return ceil_div(value, step) * step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The structural template parameter of one kernel instance; mirrors ``Shape`` in shape.hpp."""
+
+    isa: str
+    hidden: int
+    intermediate: int
+    padded_rank: int
+    m_step: int
+    lora_bf16: bool
+
+    @property
+    def name(self) -> str:
+        """Short readable identity, used for file names and reports."""
+        lora = "bf16" if self.lora_bf16 else "f32"
+        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}"
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """The kernels of one config on one instruction set, smallest M_STEP first."""
+
+    config: MoEConfig
+    isa: str
+    shapes: tuple[Shape, ...]
+
+    def select(self, rows: int, active_experts: int) -> Shape:
+        """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts."""
+        few = rows <= FEW_ROWS * active_experts and not self.config.batch_invariant
+        return self.shapes[0] if few else self.shapes[-1]
+
+
+def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> KernelPlan:
+    """Decide which kernels ``config`` needs on ``isa`` (a concrete set, not "auto").
+
+    ``lora_dtype`` overrides the config's where the parameters were cast after construction.
+
+    Raises:
+        ConfigError: if ``config.m_step`` is not a register block of that instruction set.
+    """
+    assert isa in ISAS
+    steps = M_STEPS[isa]
+    if config.m_step is not None:
+        if config.m_step not in steps:
+            raise ConfigError(f"m_step must be one of {steps} on {isa}, got {config.m_step}")
+        steps = (config.m_step,)
+    shapes = tuple(
+        Shape(
+            isa=isa,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            padded_rank=round_up(config.lora_rank, K_STEP),
+            m_step=step,
+            lora_bf16=(lora_dtype or config.lora_dtype) == "bfloat16",
+        )
+        for step in steps
+    )
+    return KernelPlan(config, isa, shapes)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows cut into segments and segments into groups.
+
+    Attributes:
+        segments: [n, 4] int64: expert, first row, rows, first row block in the group (``Segment`` in call.hpp).
+        bounds: [groups + 1] int64, ranges of segments that share the panels at one time.
+        rows: rows of the largest group.
+        blocks: row blocks of the largest group.
+        segment_rows: rows of the largest segment.
+    """
+
+    segments: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int64]
+    rows: int
+    blocks: int
+    segment_rows: int
+
+
+def plan_groups(
+    active: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], m_step: int, row_bytes: int
+) -> Groups:
+    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit :data:`GROUP_BYTES`.
+
+    An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
+    the routing and the shape alone, never on the number of threads.
+    """
+    limit = round_up(max(GROUP_BYTES // row_bytes, 4 * m_step), m_step)
+    segments: list[tuple[int, int, int, int]] = []
+    bounds = [0]
+    rows = blocks = most_rows = most_blocks = 0
+    for expert, begin, end in zip(active.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        pieces = ceil_div(end - begin, limit)
+        cuts = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            more = ceil_div(last - first, m_step)
+            if blocks and ((blocks + more) * m_step > limit or segments[-1][0] == expert):
+                bounds.append(len(segments))
+                rows = blocks = 0
+            segments.append((expert, first, last - first, blocks))
+            rows += last - first
+            blocks += more
+            most_rows, most_blocks = max(most_rows, rows), max(most_blocks, blocks)
+    if segments:
+        bounds.append(len(segments))
+    return Groups(
+        np.array(segments, dtype=np.int64).reshape(-1, 4),
+        np.array(bounds, dtype=np.int64),
+        most_rows,
+        most_blocks,
+        max((count for _, _, count, _ in segments), default=0),
+    )

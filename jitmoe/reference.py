@@ -1,0 +1,75 @@
+"""The layer in plain torch: what it computes, said once and slowly.
+
+It is the documentation of the arithmetic and the oracle of every test. It computes in the dtype of ``x``: float64
+inputs make it the oracle, bfloat16 inputs make it the plain PyTorch layer whose error is the bound for our own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+
+class LoraTensors(NamedTuple):
+    """The six trainable tensors, under the names that the layer's parameters carry.
+
+    E experts, H hidden, I intermediate, r rank: ``lora_a`` is [E, r, in], ``lora_b`` is [E, out, r].
+    """
+
+    gate_lora_a: Tensor
+    gate_lora_b: Tensor
+    up_lora_a: Tensor
+    up_lora_b: Tensor
+    down_lora_a: Tensor
+    down_lora_b: Tensor
+
+
+def moe_reference(
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    lora: LoraTensors | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Weighted sum over each token's experts of ``down(silu(gate(x)) * up(x))``.
+
+    Args:
+        x: [T, H] tokens; every other floating tensor is expected in its dtype, ``weights`` is cast to it.
+        topk_ids: [T, K] integer expert of each slot. An id outside [0, E) is a slot that adds nothing; an expert
+            that a token names twice counts twice.
+        weights: [T, K] factor of each slot.
+        gate_proj: [E, I, H] weights of the gate.
+        up_proj: [E, I, H] weights of the up projection.
+        down_proj: [E, H, I] weights of the down projection.
+        lora: the adapters of all three projections, or None for a layer without.
+        scale: s = alpha / r (or alpha / sqrt(r)), the factor of every adapter.
+
+    Returns:
+        [T, H] in the dtype of ``x``, differentiable in every floating tensor.
+    """
+    # unbind, not indexing: its backward stacks the experts' gradients once instead of adding E padded copies.
+    projections = zip(gate_proj.unbind(0), up_proj.unbind(0), down_proj.unbind(0), strict=True)
+    adapters = list(zip(*(tensor.unbind(0) for tensor in lora), strict=True)) if lora else None
+    weights = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for expert, (gate, up, down) in enumerate(projections):
+        pairs = LoraTensors(*adapters[expert]) if adapters else None
+        tokens, slots = torch.where(topk_ids == expert)
+        rows = x[tokens]
+        activation = silu(_lin(rows, gate, pairs and pairs[0:2], scale)) * _lin(rows, up, pairs and pairs[2:4], scale)
+        result = _lin(activation, down, pairs and pairs[4:6], scale)
+        out.index_add_(0, tokens, result * weights[tokens, slots, None])
+    return out
+
+
+def _lin(rows: Tensor, weight: Tensor, adapter: tuple[Tensor, ...] | None, scale: float) -> Tensor:
+    """The design's ``lin``: v Wᵀ + s (v Aᵀ) Bᵀ, with ``adapter`` = (A, B)."""
+    result = linear(rows, weight)
+    if adapter is None:
+        return result
+    lora_a, lora_b = adapter
+    return result + linear(linear(rows, lora_a), lora_b) * scale

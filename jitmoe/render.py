@@ -1,0 +1,44 @@
+"""Text of one kernel instance: one include, one ``constexpr Shape``, the exported C functions."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from string import Template
+
+from jitmoe.plan import Shape
+
+INSTANCE_TEMPLATE = "instance.cpp.in"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A rendered kernel: its shape and the C++ text to compile."""
+
+    shape: Shape
+    text: str
+
+
+@cache
+def template_dir() -> Traversable:
+    """Folder of the C++ headers: inside the package when installed, beside it in a checkout."""
+    checkout = Path(__file__).resolve().parent.parent / "templates"
+    if (checkout / INSTANCE_TEMPLATE).is_file():
+        return checkout
+    return resources.files("jitmoe") / "templates"
+
+
+def render(shape: Shape) -> Instance:
+    """Render the instance of ``shape``."""
+    template = Template((template_dir() / INSTANCE_TEMPLATE).read_text(encoding="utf-8"))
+    text = template.substitute(
+        name=shape.name,
+        isa=shape.isa,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        padded_rank=shape.padded_rank,
+        m_step=shape.m_step,
+        lora_bf16=str(shape.lora_bf16).lower(),
+    )
+    return Instance(shape, text)

@@ -1,0 +1,47 @@
+"""The one table of environment variables, and the only module that reads the environment."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jitmoe.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: ``variable`` is parsed by ``kind``, ``default`` if unset or empty."""
+
+    variable: str
+    kind: type
+    default: Any
+    meaning: str
+
+
+SETTINGS: dict[str, Setting] = {
+    "isa": Setting("JITMOE_ISA", str, None, "overrides config.isa of every layer"),
+    "cache_dir": Setting("JITMOE_CACHE_DIR", Path, None, "where compiled kernels are kept"),
+    "compile_timeout": Setting("JITMOE_COMPILE_TIMEOUT", float, 120.0, "seconds one compiler run may take"),
+    "cxx": Setting("JITMOE_CXX", str, None, "the C++ compiler, before $CXX, g++ and clang++"),
+    "system_cxx": Setting("CXX", str, None, "the C++ compiler, after $JITMOE_CXX"),
+    "omp_threads": Setting("OMP_NUM_THREADS", str, None, "threads of the OpenMP pool; `jitmoe doctor` shows it"),
+    "search_path": Setting("PATH", str, os.defpath, "where compilers are searched"),
+}
+
+
+def get(name: str) -> Any:
+    """Value of the setting ``name`` now; read at each call so that tests and users can change it.
+
+    Raises:
+        SettingError: if the variable is set to text that its type does not accept.
+    """
+    setting = SETTINGS[name]
+    text = os.environ.get(setting.variable, "")
+    if not text:
+        return setting.default
+    try:
+        return setting.kind(text)
+    except ValueError as error:
+        raise SettingError(
+            f"{setting.variable}={text!r} is not a valid {setting.kind.__name__} ({setting.meaning}): {error}"
+        ) from error

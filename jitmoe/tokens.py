@@ -1,0 +1,147 @@
+"""Row movement between token order and expert order, for the threads of the kernels.
+
+``gather_rows`` and ``sum_rows`` are transposes of each other. The kernels call them through C function
+pointers from their own threads, so there is no second thread pool; Python can call them on arrays.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit  # type: ignore[attr-defined]
+
+_GATHER_ROWS = "void(CPointer(uint16), int64, CPointer(int64), int64, int64, int64, CPointer(uint16), int64)"
+_SUM_ROWS = (
+    "void(CPointer(float32), int64, CPointer(int64), CPointer(float32), "
+    "int64, int64, int64, int64, CPointer(float32), int64)"
+)
+
+# A signed index may be negative and wrap around in NumPy's sense; that test keeps LLVM from vectorising.
+_unsigned = np.uintp
+
+# Inlined into their C entry: arrays travel as some 20 stack words, which costs as much as a row of 32 columns.
+_jit = njit(cache=True, nogil=True, forceinline=True)
+
+
+@_jit
+def gather_rows(x: np.ndarray, row_token: np.ndarray, column: int, columns: int, out: np.ndarray) -> None:
+    """Copy ``columns`` columns from ``column`` on of each row's token: out[r, c] = x[row_token[r], column + c].
+
+    Args:
+        x: [T, >= column + columns] uint16 (bfloat16 bits).
+        row_token: [S] int64, within [0, T): :func:`jitmoe.route.route` has checked it, this does not.
+        column: first column of x to copy.
+        columns: number of columns to copy.
+        out: [S, >= columns] uint16; columns beyond ``columns`` are left alone.
+    """
+    first = _unsigned(column)
+    for row in range(_unsigned(row_token.size)):
+        token = _unsigned(row_token[row])
+        for c in range(_unsigned(columns)):
+            out[row, c] = x[token, first + c]
+
+
+@_jit
+def sum_rows(
+    values: np.ndarray,
+    row_token: np.ndarray,
+    row_weight: np.ndarray,
+    weighted: bool,
+    column: int,
+    columns: int,
+    out: np.ndarray,
+) -> None:
+    """Add each row to its token: out[row_token[r], column + c] += row_weight[r] * values[r, c].
+
+    Rows are added in ascending order and product and sum are rounded one after the other, so the result
+    is a function of the inputs alone.
+
+    Args:
+        values: [S, >= columns] float32.
+        row_token: [S] int64, within [0, T): :func:`jitmoe.route.route` has checked it, this does not.
+        row_weight: [S] float32, read only if ``weighted``.
+        weighted: multiply by ``row_weight``; else values are added as they are.
+        column: first column of out to add to.
+        columns: number of columns to add.
+        out: [T, >= column + columns] float32.
+    """
+    first = _unsigned(column)
+    for row in range(_unsigned(row_token.size)):
+        token = _unsigned(row_token[row])
+        if weighted:
+            weight = row_weight[row]
+            for c in range(_unsigned(columns)):
+                out[token, first + c] += weight * values[row, c]
+        else:
+            for c in range(_unsigned(columns)):
+                out[token, first + c] += values[row, c]
+
+
+def gather_rows_address() -> int:
+    """Address of ``gather_rows`` for C; compiled at first use, or read from Numba's cache on disk.
+
+    ``void (const uint16_t* x, int64_t x_stride, const int64_t* row_token, int64_t rows, int64_t column,
+    int64_t columns, uint16_t* out, int64_t out_stride)``, strides in elements. Any thread may call it,
+    without the GIL, for as long as the process lives.
+    """
+    return int(_compile(_gather_rows_at, _GATHER_ROWS).address)
+
+
+def sum_rows_address() -> int:
+    """Address of ``sum_rows`` for C; compiled at first use, or read from Numba's cache on disk.
+
+    ``void (const float* values, int64_t values_stride, const int64_t* row_token, const float* row_weight,
+    int64_t weighted, int64_t rows, int64_t column, int64_t columns, float* out, int64_t out_stride)``,
+    strides in elements; ``row_weight`` may be null where ``weighted`` is 0. Any thread may call it,
+    without the GIL, for as long as the process lives.
+    """
+    return int(_compile(_sum_rows_at, _SUM_ROWS).address)
+
+
+_compiling = threading.Lock()
+
+
+def _compile(function: Callable[..., None], signature: str) -> Any:
+    # functools.cache alone lets two threads compile at once and then drops one result, whose address is in use.
+    with _compiling:
+        return _compile_once(function, signature)
+
+
+@functools.cache
+def _compile_once(function: Callable[..., None], signature: str) -> Any:
+    return cfunc(signature, cache=True)(function)
+
+
+# In a C-contiguous array only the trailing dimension enters an address, so the leading one of an array that
+# is indexed by token, which C does not pass, may be anything.
+
+
+def _gather_rows_at(
+    x: Any, x_stride: int, row_token: Any, rows: int, column: int, columns: int, out: Any, out_stride: int
+) -> None:
+    gather_rows(carray(x, (rows, x_stride)), carray(row_token, rows), column, columns, carray(out, (rows, out_stride)))
+
+
+def _sum_rows_at(
+    values: Any,
+    values_stride: int,
+    row_token: Any,
+    row_weight: Any,
+    weighted: int,
+    rows: int,
+    column: int,
+    columns: int,
+    out: Any,
+    out_stride: int,
+) -> None:
+    sum_rows(
+        carray(values, (rows, values_stride)),
+        carray(row_token, rows),
+        carray(row_weight, rows),
+        weighted != 0,
+        column,
+        columns,
+        carray(out, (rows, out_stride)),
+    )

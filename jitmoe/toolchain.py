@@ -1,0 +1,244 @@
+"""The C++ compiler: which one, its identity, its flags for each instruction set, and one run of it."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from jitmoe import settings
+from jitmoe.errors import BuildError
+
+INSTALL_ADVICE = (
+    "Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) "
+    "or name one in JITMOE_CXX."
+)
+
+OPENMP_ADVICE = (
+    "clang needs its OpenMP runtime: install libomp-dev (Debian/Ubuntu) or libomp-devel (Fedora), or use g++."
+)
+
+IDENTIFY_TIMEOUT = 30.0
+"""Seconds that ``--version`` may take; wrappers and network file systems make it slow."""
+
+COMMON_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-exceptions",
+    "-fno-rtti",
+    # Each multiply-add is written out: a compiler that contracts one kernel form and not the other
+    # would give a token different bits in different batches.
+    "-ffp-contract=off",
+    # Every instance defines the same inline functions and templates. None may be taken from another
+    # instance, which can come from other template versions.
+    "-fvisibility-inlines-hidden",
+    "-fno-semantic-interposition",
+    "-Wl,-Bsymbolic",
+)
+
+KIND_FLAGS = {
+    # Without it, static variables of templates are shared between all libraries of the process.
+    "gcc": ("-fno-gnu-unique",),
+    "clang": (),
+}
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *_AVX2,
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": _AVX2,
+    "ref": (),
+}
+"""Named one by one, never ``-march=native``: the same text gives the same code on every machine."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler.
+
+    Attributes:
+        path: absolute path of the program.
+        identity: first line of ``--version`` and the target; no path in it, so it may enter a cache key.
+        kind: "gcc" or "clang".
+    """
+
+    path: Path
+    identity: str
+    kind: str
+
+
+def find_compiler() -> Compiler:
+    """The first of $JITMOE_CXX, $CXX, g++, clang++.
+
+    Raises:
+        BuildError: if there is none, or if a variable names something that is not a compiler: what a
+            user set on purpose is never silently replaced.
+    """
+    for name in ("cxx", "system_cxx"):
+        wanted = settings.get(name)
+        if wanted is not None:
+            return _named_compiler(settings.SETTINGS[name].variable, wanted)
+    for program in ("g++", "clang++"):
+        path = _which(program)
+        if path is not None:
+            return _identify(path)
+    raise BuildError(f"no C++ compiler: neither g++ nor clang++ is on PATH. {INSTALL_ADVICE}")
+
+
+def flags(isa: str, kind: str = "gcc") -> tuple[str, ...]:
+    """All flags for a kernel of ``isa``, for a compiler of ``kind``."""
+    return (*COMMON_FLAGS, *KIND_FLAGS[kind], *ISA_FLAGS[isa])
+
+
+def compile(
+    compiler: Compiler,
+    source: Path,
+    output: Path,
+    flags: tuple[str, ...],
+    include: Path,
+    timeout: float,
+    log: Path,
+) -> None:
+    """Compile ``source`` into the shared library ``output``; everything the compiler says goes to ``log``.
+
+    It runs in the folder of ``source``, with paths relative to it where possible, so that neither the
+    library nor a message depends on where that folder is.
+
+    Args:
+        compiler: the program to run.
+        source: C++ file.
+        output: library to write.
+        flags: as given by :func:`flags`.
+        include: folder of the headers.
+        timeout: seconds after which the compiler and all its children are killed.
+        log: text file, replaced.
+
+    Raises:
+        BuildError: with the command, the first error line and the log's path.
+    """
+    folder = source.parent
+    command = [str(compiler.path), *flags, "-I", _seen_from(folder, include)]
+    command += ["-o", _seen_from(folder, output), _seen_from(folder, source)]
+    with open(os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as stream:
+        stream.write(os.fsencode(shlex.join(command)) + b"\n")
+        stream.flush()
+        failure = _run(command, timeout, stream, folder)
+    if failure is None and not _is_library(output):
+        # A wrapper script that loses its compiler's exit status must not get into the cache.
+        failure = "reported success and wrote no shared library"
+    if failure is not None:
+        raise BuildError(_failure_text(compiler, command, failure, log))
+
+
+def _named_compiler(variable: str, wanted: str) -> Compiler:
+    path = _which(wanted)
+    if path is None:
+        raise BuildError(
+            f"{variable}={wanted!r} is not a program that can be run. It must be the name or path of one compiler "
+            "without arguments (put arguments or ccache into a wrapper script)."
+        )
+    return _identify(path)
+
+
+def _which(program: str) -> Path | None:
+    found = shutil.which(program, path=settings.get("search_path"))
+    # Not resolved: a program may behave by the name it is called by, as ccache does.
+    return None if found is None else Path(found).absolute()
+
+
+def _identify(path: Path) -> Compiler:
+    info = path.stat()
+    return _identify_version(path, info.st_mtime_ns, info.st_size)
+
+
+@cache
+def _identify_version(path: Path, mtime_ns: int, size: int) -> Compiler:
+    """Ask the program; again only when the file changed, as after an upgrade."""
+    version = _ask(path, "--version")
+    if "clang" in version:
+        kind = "clang"
+    elif "Free Software Foundation" in version:
+        kind = "gcc"
+    else:
+        raise BuildError(f"{path} is neither GCC nor clang; it says: {version[:200]!r}. {INSTALL_ADVICE}")
+    return Compiler(path, f"{version.splitlines()[0]} {_ask(path, '-dumpmachine')}", kind)
+
+
+def _ask(path: Path, question: str) -> str:
+    with tempfile.TemporaryFile() as stream:
+        failure = _run([str(path), question], IDENTIFY_TIMEOUT, stream)
+        stream.seek(0)
+        answer = stream.read().decode(errors="replace").strip()
+    if failure is not None or not answer:
+        raise BuildError(f"{path} {question} {failure or 'said nothing'}: {answer[:200]!r}. {INSTALL_ADVICE}")
+    return answer
+
+
+def _run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
+    """Run ``command`` with its output in ``stream``; None if it succeeded, else what happened to it.
+
+    The output is a file and not a pipe: a background process that the compiler starts and leaves (a
+    compile server) would hold a pipe open. The command is a process group of its own, so that a
+    timeout or an interrupt ends the children (cc1plus, as, ld) with it.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"could not be started ({error})"
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        _kill_group(process)
+        return f"did not finish within {timeout:g} s and was killed (JITMOE_COMPILE_TIMEOUT sets the limit)"
+    except BaseException:
+        _kill_group(process)
+        raise
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return None if status == 0 else f"failed with exit status {status}"
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _is_library(output: Path) -> bool:
+    if not output.is_file():
+        return False
+    with output.open("rb") as stream:
+        return stream.read(4) == b"\x7fELF"
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _failure_text(compiler: Compiler, command: list[str], failure: str, log: Path) -> str:
+    output = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    said = [line.strip() for line in output if line.strip()]
+    errors = [line for line in said if "error" in line.lower()]
+    first = next(iter(errors or said), "(it said nothing)")
+    advice = [OPENMP_ADVICE] if compiler.kind == "clang" and ("omp.h" in first or "-lomp" in first) else []
+    return "\n  ".join([f"the compiler {failure}: {first}", f"command: {shlex.join(command)}", f"log: {log}", *advice])

@@ -1,0 +1,50 @@
+// silu and its derivative on strips, as plain loops of 32 that the compiler turns into vectors.
+#pragma once
+#include <bit>
+#include <cstdint>
+
+#include "shape.hpp"
+
+namespace jitmoe {
+
+// e^x to about 1 ulp over the whole range: x = n ln 2 + f, |f| <= ln 2 / 2, a degree-6 polynomial for e^f
+// (Cephes expf), and 2^n applied in two halves so that results near overflow and underflow come out right.
+inline float exponential(float x) {
+  x = x > 89.0f ? 89.0f : x;  // beyond the largest float32; comparisons let a NaN through
+  x = x < -104.0f ? -104.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  const float n = shifted - 12582912.0f;
+  float f = x - n * 0.693359375f;
+  f = f - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const int32_t exponent = std::bit_cast<int32_t>(shifted) - 0x4b400000;
+  const int32_t half = exponent >> 1;
+  const float first = std::bit_cast<float>((half + 127) << 23);
+  const float second = std::bit_cast<float>((exponent - half + 127) << 23);
+  return p * first * second;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// x / (1 + e^-x), as torch computes it: -inf gives NaN, +inf gives +inf.
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+struct Activation {
+  float a;        // silu(gate) * up
+  float by_gate;  // da / dgate
+  float by_up;    // da / dup
+};
+
+inline Activation activate(float gate, float up) {
+  const float s = sigmoid(gate);
+  const float value = silu(gate);
+  return {value * up, up * s * (1.0f + gate * (1.0f - s)), value};
+}
+
+}  // namespace jitmoe

@@ -1,0 +1,204 @@
+// Backward with a frozen base: gradients of x, of the routing weights and of the six LoRA parameters.
+//
+//   load        out_grad rows, x rows        -> v_down = s dout B, u = s x A^T
+//   act_grad    32 columns of I              -> da, dgate, dup, and the gradients of down A, gate B, up B
+//   low_grads   row blocks                   -> v_gate, v_up = s d B, u_down = s a A^T, dweights
+//   x_grad      32 columns of H              -> dx, and the gradients of gate A, up A, down B
+//
+// LoRA gradients are taken where their strip of 32 columns is at hand: each column belongs to one item,
+// and the rows of an expert are added in order, group after group.
+#pragma once
+#include "forward.hpp"
+
+namespace jitmoe {
+
+template <Shape S, class Gemm>
+struct BackwardSteps : ForwardSteps<S, Gemm> {
+  using Base = ForwardSteps<S, Gemm>;
+  using Base::call, Base::group, Base::scratch;
+
+  bool recomputes() const { return !call.saved_gate; }
+  bool wants_lora() const { return call.rank && call.gate_lora_a_grad; }
+
+  bf16* gate_of(const Segment& segment) const {
+    return recomputes() ? call.group_gate + (segment.row - group.first_row) * S.intermediate
+                        : call.saved_gate + segment.row * S.intermediate;
+  }
+  bf16* up_of(const Segment& segment) const {
+    return recomputes() ? call.group_up + (segment.row - group.first_row) * S.intermediate
+                        : call.saved_up + segment.row * S.intermediate;
+  }
+
+  void load(const Block& block) const {
+    auto* out_block = this->panel(call.out_panel, block.index, S.hidden);
+    this->gather_block(call.out_grad, block, out_block);
+    if (call.rank)
+      low_rank_block<S, Gemm>(out_block, block.rows, S.hidden, this->down_b(block.segment->expert).along_rows(),
+                              call.rank, this->scale(), this->low(call.down_low, block.index),
+                              this->low_rows(call.down_low_rows, block.row), call.row_weight + block.row);
+    if (recomputes() || wants_lora()) {
+      auto* x_block = recomputes() ? this->panel(call.x_panel, block.index, S.hidden)
+                                   : static_cast<typename Base::Operand*>(scratch.block);
+      this->load_x(block, x_block, this->low_rows(call.gate_in_rows, block.row),
+                   this->low_rows(call.up_in_rows, block.row));
+    }
+  }
+
+  void act_grad(const Segment& segment, int64_t strip) const {
+    const int64_t column = strip * kStrip;
+    const int64_t columns = smaller(kStrip, S.intermediate - column);
+    float* out = scratch.strip(0, segment.rows);
+    float* acts = scratch.strip(1, segment.rows);
+    float* gates = scratch.strip(2, segment.rows);
+    float* ups = scratch.strip(3, segment.rows);
+    const bf16* weights = call.down_weights + segment.expert * packed_elements(S.hidden, S.intermediate);
+    clear(out, segment.rows);
+    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden,
+                   ceil_div(S.intermediate, kKStep), weights + strip * kBlockElements, out, scratch.weights);
+    Gemm::settle(out, segment.rows);
+    if (call.rank)
+      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
+                            this->down_a(segment.expert).along_columns(), column, columns, out, scratch.weights);
+    for (int64_t row = 0; row < segment.rows; ++row) {
+      const int64_t at = row * kStrip;
+      const int64_t saved = row * S.intermediate + column;
+      const float dot = activation_grad(gate_of(segment) + saved, up_of(segment) + saved, columns,
+                                        call.row_weight[segment.row + row], out + at, acts + at, gates + at, ups + at);
+      const int64_t strips = ceil_div(S.intermediate, kStrip);
+      call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = dot;
+    }
+    this->store_panel(gates, segment, column, columns, call.gate_panel);
+    this->store_panel(ups, segment, column, columns, call.up_panel);
+    if (!wants_lora()) return;
+    this->store_panel(acts, segment, column, columns, call.act_panel);
+    const int64_t a_at = segment.expert * call.rank * S.intermediate;  // also the size of gate's and up's B
+    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), segment.rows, call.rank, acts, column, columns,
+                     S.intermediate, call.down_lora_a_grad + a_at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), segment.rows, call.rank, gates, column, columns,
+                     call.gate_lora_b_grad + a_at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), segment.rows, call.rank, ups, column, columns,
+                     call.up_lora_b_grad + a_at, scratch.weights);
+  }
+
+  // One row of 32 columns: a, dgate and dup; returns this strip's part of <da, a>. Columns beyond the
+  // matrix become zeros, whatever the padding held.
+  static float activation_grad(const bf16* gate, const bf16* up, int64_t columns, float weight, const float* out,
+                               float* acts, float* gates, float* ups) {
+    float gate_row[kStrip] = {}, up_row[kStrip] = {}, out_row[kStrip] = {}, dot[kStrip];
+    for (int64_t c = 0; c < columns; ++c) {
+      gate_row[c] = to_float(gate[c]);
+      up_row[c] = to_float(up[c]);
+      out_row[c] = out[c];
+    }
+    for (int64_t c = 0; c < kStrip; ++c) {
+      const Activation result = activate(gate_row[c], up_row[c]);
+      acts[c] = round_to_bf16(result.a);
+      dot[c] = out_row[c] * acts[c];
+      gates[c] = weight * out_row[c] * result.by_gate;
+      ups[c] = weight * out_row[c] * result.by_up;
+    }
+    for (int64_t width = kStrip / 2; width > 0; width /= 2)
+      for (int64_t c = 0; c < width; ++c) dot[c] += dot[c + width];
+    return dot[0];
+  }
+
+  void low_grads(const Block& block) const {
+    const int64_t expert = block.segment->expert;
+    const int64_t strips = ceil_div(S.intermediate, kStrip);
+    for (int64_t row = block.row; row < block.row + block.rows; ++row) {
+      const float* parts = call.dot_parts + (row - group.first_row) * strips;
+      float sum = 0;
+      for (int64_t strip = 0; strip < strips; ++strip) sum += parts[strip];
+      call.weights_grad[call.row_slot[row]] = sum;
+    }
+    if (!call.rank) return;
+    low_rank_block<S, Gemm>(this->panel(call.gate_panel, block.index, S.intermediate), block.rows, S.intermediate,
+                            this->gate_b(expert).along_rows(), call.rank, this->scale(),
+                            this->low(call.gate_low, block.index), this->low_rows(call.gate_low_rows, block.row),
+                            nullptr);
+    low_rank_block<S, Gemm>(this->panel(call.up_panel, block.index, S.intermediate), block.rows, S.intermediate,
+                            this->up_b(expert).along_rows(), call.rank, this->scale(),
+                            this->low(call.up_low, block.index), this->low_rows(call.up_low_rows, block.row), nullptr);
+    if (wants_lora())
+      low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows, S.intermediate,
+                              this->down_a(expert).along_columns(), call.rank, this->scale(),
+                              this->low(call.down_low, block.index), this->low_rows(call.down_in_rows, block.row),
+                              call.row_weight + block.row);
+  }
+
+  void x_grad(const Segment& segment, int64_t strip) const {
+    const int64_t column = strip * kStrip;
+    const int64_t columns = smaller(kStrip, S.hidden - column);
+    if (call.sums) {
+      float* sum = scratch.strip(0, segment.rows);
+      clear(sum, segment.rows);
+      add_base(call.gate_panel, call.gate_weights, segment, strip, sum);
+      add_base(call.up_panel, call.up_weights, segment, strip, sum);
+      Gemm::settle(sum, segment.rows);
+      if (call.rank) {
+        const RowBlocks blocks(segment.rows, S.m_step);
+        add_low_rank<S, Gemm>(this->low(call.gate_low, segment.block), blocks, call.rank,
+                              this->gate_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
+        add_low_rank<S, Gemm>(this->low(call.up_low, segment.block), blocks, call.rank,
+                              this->up_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
+      }
+      this->add_to_tokens(segment, strip, sum, 0);
+    }
+    if (wants_lora()) add_hidden_grads(segment, column, columns);
+  }
+
+  void add_base(void* panel, const bf16* weights, const Segment& segment, int64_t strip, float* sum) const {
+    const bf16* expert = weights + segment.expert * packed_elements(S.intermediate, S.hidden);
+    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate,
+                   ceil_div(S.hidden, kKStep), expert + strip * kBlockElements, sum, scratch.weights);
+  }
+
+  // Gradients of the three parameters that have H as an axis.
+  void add_hidden_grads(const Segment& segment, int64_t column, int64_t columns) const {
+    float* values = scratch.strip(1, segment.rows);
+    const int64_t at = segment.expert * call.rank * S.hidden;
+    gather_strip(call.x, segment, column, columns, values);
+    add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values, column,
+                     columns, S.hidden, call.gate_lora_a_grad + at, scratch.weights);
+    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values, column, columns,
+                     S.hidden, call.up_lora_a_grad + at, scratch.weights);
+    gather_strip(call.out_grad, segment, column, columns, values);
+    add_b_grad<Gemm>(this->low_rows(call.down_in_rows, segment.row), segment.rows, call.rank, values, column, columns,
+                     call.down_lora_b_grad + at, scratch.weights);
+  }
+
+  void gather_strip(const bf16* tokens, const Segment& segment, int64_t column, int64_t columns, float* strip) const {
+    call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns, scratch.rows,
+                     kStrip);
+    for (int64_t row = 0; row < segment.rows; ++row)
+      for (int64_t c = 0; c < kStrip; ++c)
+        strip[row * kStrip + c] = c < columns ? to_float(scratch.rows[row * kStrip + c]) : 0.0f;
+  }
+};
+
+template <Shape S, class Gemm>
+void backward_group(const Call& call, const Group& group, const ThreadScratch& scratch) {
+  const BackwardSteps<S, Gemm> steps{{call, group, scratch}};
+  for_each_block<S>(group, [&](const Block& block) { steps.load(block); });
+  if (steps.recomputes())
+    for_each_segment_strip(group, S.intermediate, [&](const Segment& segment, int64_t strip) {
+      steps.gate_up(segment, strip, steps.gate_of(segment), steps.up_of(segment), nullptr);
+    });
+  for_each_segment_strip(group, S.intermediate,
+                         [&](const Segment& segment, int64_t strip) { steps.act_grad(segment, strip); });
+  for_each_block<S>(group, [&](const Block& block) { steps.low_grads(block); });
+  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t strip) { steps.x_grad(segment, strip); });
+}
+
+template <Shape S, class Gemm>
+void run_backward(const Call& call) {
+#pragma omp parallel num_threads(static_cast<int>(call.threads))
+  {
+    const ThreadScratch scratch(call);
+    if (call.sums) clear_sums<S>(call);
+    for (int64_t g = 0; g < call.groups; ++g) backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
+    if (call.sums) round_sums<S>(call);
+  }
+}
+
+}  // namespace jitmoe

@@ -1,0 +1,144 @@
+// Forward: gather and low-rank products, gate and up with the activation, down with the token sums.
+#pragma once
+#include "activation.hpp"
+#include "lora.hpp"
+#include "pack.hpp"
+#include "parallel.hpp"
+
+namespace jitmoe {
+
+// One thread's view of one pass over one group. Every function is one item of work.
+template <Shape S, class Gemm>
+struct ForwardSteps {
+  using Operand = typename Gemm::Operand;
+  using Lora = LoraMatrix<S>;
+  const Call& call;
+  const Group& group;
+  const ThreadScratch& scratch;
+
+  static int64_t panel_offset(int64_t block, int64_t k) { return block * S.m_step * k; }
+  Operand* panel(void* base, int64_t block, int64_t k) const {
+    return static_cast<Operand*>(base) + panel_offset(block, k);
+  }
+  float* low(float* base, int64_t block) const { return base + panel_offset(block, call.rank); }
+  float* low_rows(float* base, int64_t row) const { return base + (row - group.first_row) * call.rank; }
+  float scale() const { return static_cast<float>(call.scale); }
+
+  static const bf16* strip_of(const bf16* weights, int64_t expert, int64_t out, int64_t in, int64_t strip) {
+    return weights + expert * packed_elements(out, in) + strip * packed_elements(kStrip, in);
+  }
+  Lora gate_a(int64_t expert) const { return {call.gate_lora_a, expert, call.rank, S.hidden}; }
+  Lora gate_b(int64_t expert) const { return {call.gate_lora_b, expert, S.intermediate, call.rank}; }
+  Lora up_a(int64_t expert) const { return {call.up_lora_a, expert, call.rank, S.hidden}; }
+  Lora up_b(int64_t expert) const { return {call.up_lora_b, expert, S.intermediate, call.rank}; }
+  Lora down_a(int64_t expert) const { return {call.down_lora_a, expert, call.rank, S.intermediate}; }
+  Lora down_b(int64_t expert) const { return {call.down_lora_b, expert, S.hidden, call.rank}; }
+
+  void gather_block(const bf16* tokens, const Block& block, Operand* target) const {
+    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows, S.hidden);
+    Gemm::pack_rows(scratch.rows, S.hidden, block.rows, S.hidden, target);
+  }
+
+  // x rows -> panel, and s x A^T of gate and up.
+  void load_x(const Block& block, Operand* target, float* gate_rows, float* up_rows) const {
+    gather_block(call.x, block, target);
+    if (!call.rank) return;
+    const int64_t expert = block.segment->expert;
+    low_rank_block<S, Gemm>(target, block.rows, S.hidden, gate_a(expert).along_columns(), call.rank, scale(),
+                            low(call.gate_low, block.index), gate_rows, nullptr);
+    low_rank_block<S, Gemm>(target, block.rows, S.hidden, up_a(expert).along_columns(), call.rank, scale(),
+                            low(call.up_low, block.index), up_rows, nullptr);
+  }
+
+  // strip = [x | u] . [W | B]^T for 32 outputs.
+  void project(void* x_panel, const bf16* weights, int64_t out, int64_t in, const float* low_panel, Lora b,
+               const Segment& segment, int64_t strip, float* result) const {
+    clear(result, segment.rows);
+    Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in,
+                  strip_of(weights, segment.expert, out, in, strip), result, scratch.weights);
+    if (call.rank)
+      add_low_rank<S, Gemm>(low_panel + panel_offset(segment.block, call.rank), RowBlocks(segment.rows, S.m_step),
+                            call.rank, b.along_rows(), strip * kStrip, smaller(kStrip, out - strip * kStrip), result,
+                            scratch.weights);
+  }
+
+  // Gate and up of 32 columns; their activation goes into act_panel, their values where `gate` and `up`
+  // point (row 0 is the segment's first), each only where wanted.
+  void gate_up(const Segment& segment, int64_t strip, bf16* gate, bf16* up, void* act_panel) const {
+    float* gates = scratch.strip(0, segment.rows);
+    float* ups = scratch.strip(1, segment.rows);
+    project(call.x_panel, call.gate_weights, S.intermediate, S.hidden, call.gate_low, gate_b(segment.expert), segment,
+            strip, gates);
+    project(call.x_panel, call.up_weights, S.intermediate, S.hidden, call.up_low, up_b(segment.expert), segment,
+            strip, ups);
+    const int64_t column = strip * kStrip;
+    const int64_t columns = smaller(kStrip, S.intermediate - column);
+    if (gate) {
+      store_bf16(gates, segment.rows, column, columns, gate);
+      store_bf16(ups, segment.rows, column, columns, up);
+    }
+    if (!act_panel) return;
+    for (int64_t i = 0; i < segment.rows * kStrip; ++i) gates[i] = round_to_bf16(silu(gates[i]) * ups[i]);
+    store_panel(gates, segment, column, columns, act_panel);
+  }
+
+  static void store_bf16(const float* strip, int64_t rows, int64_t column, int64_t columns, bf16* target) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < columns; ++c)
+        target[row * S.intermediate + column + c] = to_bf16(strip[row * kStrip + c]);
+  }
+
+  void store_panel(const float* strip, const Segment& segment, int64_t column, int64_t columns, void* target) const {
+    const RowBlocks blocks(segment.rows, S.m_step);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      Gemm::pack_strip(strip + blocks.begin(b) * kStrip, blocks.size(b), column, columns, S.intermediate,
+                       panel(target, segment.block + b, S.intermediate));
+  }
+
+  void down_low(const Block& block) const {
+    low_rank_block<S, Gemm>(panel(call.act_panel, block.index, S.intermediate), block.rows, S.intermediate,
+                            down_a(block.segment->expert).along_columns(), call.rank, scale(),
+                            low(call.down_low, block.index), nullptr, nullptr);
+  }
+
+  // 32 columns of down, added to the sums of the tokens with the routing weights.
+  void down(const Segment& segment, int64_t strip) const {
+    float* result = scratch.strip(0, segment.rows);
+    project(call.act_panel, call.down_weights, S.hidden, S.intermediate, call.down_low, down_b(segment.expert),
+            segment, strip, result);
+    add_to_tokens(segment, strip, result, 1);
+  }
+
+  void add_to_tokens(const Segment& segment, int64_t strip, const float* values, int64_t weighted) const {
+    call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted, segment.rows,
+                  strip * kStrip, smaller(kStrip, S.hidden - strip * kStrip), call.sums, S.hidden);
+  }
+};
+
+template <Shape S, class Gemm>
+void forward_group(const Call& call, const Group& group, const ThreadScratch& scratch) {
+  const ForwardSteps<S, Gemm> steps{call, group, scratch};
+  for_each_block<S>(group, [&](const Block& block) {
+    steps.load_x(block, steps.panel(call.x_panel, block.index, S.hidden), nullptr, nullptr);
+  });
+  for_each_segment_strip(group, S.intermediate, [&](const Segment& segment, int64_t strip) {
+    bf16* gate = call.saved_gate ? call.saved_gate + segment.row * S.intermediate : nullptr;
+    bf16* up = call.saved_up ? call.saved_up + segment.row * S.intermediate : nullptr;
+    steps.gate_up(segment, strip, gate, up, call.act_panel);
+  });
+  if (call.rank) for_each_block<S>(group, [&](const Block& block) { steps.down_low(block); });
+  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t strip) { steps.down(segment, strip); });
+}
+
+template <Shape S, class Gemm>
+void run_forward(const Call& call) {
+#pragma omp parallel num_threads(static_cast<int>(call.threads))
+  {
+    const ThreadScratch scratch(call);
+    clear_sums<S>(call);
+    for (int64_t g = 0; g < call.groups; ++g) forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
+    round_sums<S>(call);
+  }
+}
+
+}  // namespace jitmoe

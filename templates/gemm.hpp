@@ -1,0 +1,67 @@
+// The interface of the matrix back ends, and the one packed layout of the weights that all of them read.
+//
+// W[out, in] of one expert is cut into strips of 32 outputs; a strip is contiguous, so the forward pass
+// streams it from memory once, front to back:
+//
+//              block 0 (in 0..31)      block 1 (in 32..63)
+//   strip 0   [tile 0 | tile 1]       [tile 0 | tile 1]       ...        tile 0: out 0..15, tile 1: out 16..31
+//   strip 1   [tile 0 | tile 1]       ...
+//
+//   one tile, 1 KB:   out    0        1       ...     15
+//     in  0, 1           [w00 w01] [w10 w11]  ...  [wf0 wf1]     consecutive pairs along `in` share a
+//     in  2, 3           [w02 w03] [w12 w13]  ...  [wf2 wf3]     32-bit lane: the operand of TDPBF16PS and
+//      ...                                                       VDPBF16PS, and two float32 vectors after
+//     in 30, 31          [ ...   ]                               one shift and one mask
+//
+// Sizes that are no multiple of 32 are padded with zeros, which no kernel ever multiplies with a row
+// of another token. Backward contracts over `out` and reads the same tiles; there is no second copy.
+//
+// The rows of one expert (a segment) are cut into row blocks of at most m_step rows, sized evenly. A
+// panel is the left operand of a product: row block after row block, each in the order its back end
+// reads. A strip of results is row-major float32 [rows, 32].
+//
+// Every back end is a class template `Gemm...<S>` with these static functions:
+//
+//   pack_rows(rows, stride, count, k, block)                rows of bfloat16 -> one row block
+//   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a block
+//   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
+//   backward(panel, rows, n, blocks, weights, strip, scratch)   strip += panel [rows, n] . W[n, 32 inputs]
+//   settle(strip, rows)                                     columns of a backward strip into natural order
+//   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
+//   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
+#pragma once
+#include <type_traits>
+
+#include "bf16.hpp"
+#include "shape.hpp"
+
+namespace jitmoe {
+
+inline constexpr int64_t kTileElements = kTile * kKStep;
+inline constexpr int64_t kBlockElements = kStrip * kKStep;
+
+// Elements of the expanded weights that one thread keeps: 256 columns of the contraction x 32 outputs of
+// float32 are 32 KB, half of the smallest L2 share and close to L1.
+inline constexpr int64_t kChunk = 256;
+
+// Even cut of the rows of a segment into row blocks of at most m_step: 15 rows at m_step 14 are 8 + 7,
+// because a block of one row is bound by the latency of its additions.
+struct RowBlocks {
+  int64_t rows;
+  int64_t count;
+  RowBlocks(int64_t rows, int64_t m_step) : rows(rows), count(ceil_div(rows, m_step)) {}
+  int64_t begin(int64_t block) const { return block * rows / count; }
+  int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// A LoRA matrix read as [k, rank], whichever of the two is contiguous.
+template <bool Bf16>
+struct LoraView {
+  using Element = std::conditional_t<Bf16, bf16, float>;
+  const Element* data;
+  int64_t k_stride;
+  int64_t rank_stride;
+  float at(int64_t k, int64_t r) const { return load_lora(data + k * k_stride + r * rank_stride); }
+};
+
+}  // namespace jitmoe

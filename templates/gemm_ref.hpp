@@ -1,0 +1,71 @@
+// The scalar back end: obviously right, for any CPU, and the oracle of the others. Row blocks are
+// row-major float32 [m_step, k].
+#pragma once
+#include "gemm.hpp"
+
+namespace jitmoe {
+
+template <Shape S>
+struct GemmRef {
+  using Operand = float;
+
+  static float weight(const bf16* weights, int64_t blocks, int64_t out, int64_t in) {
+    const bf16* block = weights + (out / kStrip * blocks + in / kKStep) * kBlockElements;
+    const bf16* tile = block + out % kStrip / kTile * kTileElements;
+    return to_float(tile[in % kKStep / 2 * kKStep + out % kTile * 2 + in % 2]);
+  }
+
+  static void pack_rows(const bf16* rows, int64_t stride, int64_t count, int64_t k, Operand* block) {
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t column = 0; column < k; ++column)
+        block[row * k + column] = to_float(rows[row * stride + column]);
+  }
+
+  static void pack_strip(const float* strip, int64_t count, int64_t column, int64_t columns, int64_t k,
+                         Operand* block) {
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t c = 0; c < columns; ++c) block[row * k + column + c] = strip[row * kStrip + c];
+  }
+
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip, float*) {
+    const RowBlocks blocks(rows, S.m_step);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      for (int64_t row = 0; row < blocks.size(b); ++row)
+        for (int64_t c = 0; c < kStrip; ++c)
+          for (int64_t i = 0; i < k; ++i)
+            strip[(blocks.begin(b) + row) * kStrip + c] +=
+                panel[(b * S.m_step + row) * k + i] * weight(weights, ceil_div(k, kKStep), c, i);
+  }
+
+  static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
+                       float* strip, float*) {
+    const RowBlocks blocks(rows, S.m_step);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      for (int64_t row = 0; row < blocks.size(b); ++row)
+        for (int64_t c = 0; c < kStrip; ++c)
+          for (int64_t i = 0; i < n; ++i)
+            strip[(blocks.begin(b) + row) * kStrip + c] +=
+                panel[(b * S.m_step + row) * n + i] * weight(weights, k_blocks, i, c);
+  }
+
+  static void settle(float*, int64_t) {}
+
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
+                       float* low) {
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t row = 0; row < rows; ++row) {
+        float sum = 0;
+        for (int64_t i = 0; i < k; ++i) sum += block[row * k + i] * lora.at(i, r);
+        low[r * S.m_step + row] = sum;
+      }
+  }
+
+  static void outer(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t k, float* c) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < kStrip; ++column)
+        for (int64_t i = 0; i < k; ++i)
+          c[row * kStrip + column] += a[i * a_stride + row] * b[i * kStrip + column];
+  }
+};
+
+}  // namespace jitmoe

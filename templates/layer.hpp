@@ -1,0 +1,30 @@
+// Entry of an instance: picks the back end that the shape names.
+#pragma once
+#include "backward.hpp"
+#include "gemm_ref.hpp"
+#ifdef __AVX512F__
+#include "gemm_avx512.hpp"
+#endif
+
+namespace jitmoe {
+
+template <Shape S>
+auto gemm_of() {
+  check_shape<S>();
+  if constexpr (S.isa == Isa::ref) return GemmRef<S>{};
+#ifdef __AVX512F__
+  if constexpr (S.isa == Isa::avx512) return GemmAvx512<S>{};
+#endif
+}
+
+template <Shape S>
+void forward(const Call& call) {
+  run_forward<S, decltype(gemm_of<S>())>(call);
+}
+
+template <Shape S>
+void backward(const Call& call) {
+  run_backward<S, decltype(gemm_of<S>())>(call);
+}
+
+}  // namespace jitmoe

@@ -1,0 +1,109 @@
+// What the phases of forward and backward share: the walk over segments, row blocks and strips inside one
+// OpenMP region, and the scratch of the calling thread.
+#pragma once
+#include <omp.h>
+
+#include "call.hpp"
+#include "gemm.hpp"
+
+namespace jitmoe {
+
+// The segments of one group, which hold the panels at the same time.
+struct Group {
+  const Segment* segments;
+  int64_t count;
+  int64_t blocks;     // row blocks of all segments
+  int64_t first_row;  // row 0 of the group's row-major scratch
+};
+
+inline Group group_of(const Call& call, int64_t index, int64_t m_step) {
+  const Segment* begin = call.segments + call.group_segments[index];
+  const int64_t count = call.group_segments[index + 1] - call.group_segments[index];
+  const Segment& last = begin[count - 1];
+  return {begin, count, last.block + ceil_div(last.rows, m_step), begin->row};
+}
+
+struct Block {
+  const Segment* segment;
+  int64_t index;  // in the group's panels
+  int64_t row;    // first row, in the order sorted by expert
+  int64_t rows;
+};
+
+inline Block block_of(const Group& group, int64_t index, int64_t m_step) {
+  const Segment* segment = group.segments;
+  while (segment + 1 < group.segments + group.count && segment[1].block <= index) ++segment;
+  const RowBlocks blocks(segment->rows, m_step);
+  const int64_t b = index - segment->block;
+  return {segment, index, segment->row + blocks.begin(b), blocks.size(b)};
+}
+
+// Work is handed out dynamically: who computes an item never changes its bits. Each loop ends in a barrier.
+template <Shape S, class F>
+void for_each_block(const Group& group, F&& f) {
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
+}
+
+template <class F>
+void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
+  const int64_t strips = ceil_div(columns, kStrip);
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
+}
+
+// A strip of token sums belongs to one thread, which walks the experts in ascending order.
+template <class F>
+void for_each_strip(const Group& group, int64_t columns, F&& f) {
+#pragma omp for schedule(dynamic)
+  for (int64_t strip = 0; strip < ceil_div(columns, kStrip); ++strip)
+    for (int64_t s = 0; s < group.count; ++s) f(group.segments[s], strip);
+}
+
+// This thread's part of the per-thread buffers.
+struct ThreadScratch {
+  float* weights;
+  float* strips;
+  bf16* rows;
+  void* block;
+  explicit ThreadScratch(const Call& call)
+      : weights(part(call.thread_weights, call.weights_stride)),
+        strips(part(call.thread_strips, call.strips_stride)),
+        rows(part(call.thread_rows, call.rows_stride)),
+        block(part(call.thread_block, call.block_stride)) {}
+  float* strip(int64_t index, int64_t rows) const { return strips + index * rows * kStrip; }
+
+ private:
+  template <class T>
+  static T* part(T* base, int64_t stride) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(base) + omp_get_thread_num() * stride);
+  }
+};
+
+inline void clear(float* strip, int64_t rows) {
+  for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = 0.0f;
+}
+
+template <class F>
+void for_each_token(const Call& call, F&& f) {
+#pragma omp for schedule(static)
+  for (int64_t token = 0; token < call.tokens; ++token) f(token);
+}
+
+template <Shape S>
+void clear_sums(const Call& call) {
+  for_each_token(call, [&](int64_t token) {
+    for (int64_t c = 0; c < S.hidden; ++c) call.sums[token * S.hidden + c] = 0.0f;
+  });
+}
+
+template <Shape S>
+void round_sums(const Call& call) {
+  if (!call.result) return;
+  for_each_token(call, [&](int64_t token) {
+    for (int64_t c = 0; c < S.hidden; ++c)
+      call.result[token * S.hidden + c] = to_bf16(call.sums[token * S.hidden + c]);
+  });
+}
+
+}  // namespace jitmoe
