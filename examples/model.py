@@ -46,6 +46,7 @@ class PlainExperts(nn.Module):
         self.has_adapter, self.scale = bool(adapter), scale
 
     def forward(self, x: Tensor, topk_ids: Tensor, weights: Tensor) -> Tensor:
+        """Result [T, hidden] for rows ``x`` [T, hidden] in the dtype of the base."""
         base = (self.get_parameter(name) for name in BASE_NAMES)
         lora = None
         if self.has_adapter:
@@ -59,6 +60,14 @@ def new_experts(config: ModelConfig) -> PlainExperts:
     gate, up = (torch.randn(shape) * config.hidden**-0.5 for _ in range(2))
     down = torch.randn(shape).transpose(1, 2).contiguous() * config.intermediate**-0.5
     return PlainExperts({"gate_proj": gate, "up_proj": up, "down_proj": down}, {}, scale=0.0)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding of [..., time, features]."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[-2])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()], dim=-1)
 
 
 class Block(nn.Module):
@@ -75,15 +84,17 @@ class Block(nn.Module):
         self.expert_dtype = torch.float32
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attend(self.attention_norm(hidden))
-        return hidden + self.mix(self.expert_norm(hidden))
+        """Hidden states [batch, time, hidden] after this block."""
+        hidden = hidden + self._attend(self.attention_norm(hidden))
+        return hidden + self._mix(self.expert_norm(hidden))
 
-    def attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
         heads = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        queries, keys, values = heads
+        mixed = F.scaled_dot_product_attention(rotate(queries), rotate(keys), values, is_causal=True)
         return self.attention_out(mixed.transpose(-3, -2).flatten(-2))
 
-    def mix(self, x: Tensor) -> Tensor:
+    def _mix(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         logits, topk_ids = self.router(rows).topk(self.top_k, dim=-1)
         out = self.experts(rows.to(self.expert_dtype), topk_ids, logits.softmax(-1))
@@ -91,18 +102,18 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """Next-byte logits [batch, time, vocabulary] for bytes [batch, time]."""
+    """Embedding, blocks and head; the parameters of the experts are ``blocks.<n>.experts.*``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.position = nn.Parameter(torch.randn(config.context, config.hidden) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        """Next-byte logits [batch, time, vocabulary] for bytes [batch, time]."""
+        hidden = self.embedding(tokens)
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(self.norm(hidden))

@@ -98,7 +98,7 @@ def _inputs(context: CallContext, operand: torch.Tensor, lora: Any) -> dict[str,
 
 
 def _result(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"sums" if tensor.dtype == torch.float32 else "result": tensor}
+    return {"result_float" if tensor.dtype == torch.float32 else "result": tensor}
 
 
 def _addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -66,7 +66,9 @@ def _command(
     parent: Any, name: str, run: Callable[[argparse.Namespace], int] | None, purpose: str
 ) -> argparse.ArgumentParser:
     """Add a subcommand; ``Any`` because argparse keeps the type of subparsers to itself."""
-    parser: argparse.ArgumentParser = parent.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+    parser: argparse.ArgumentParser = parent.add_parser(
+        name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."
+    )
     if run is not None:
         parser.set_defaults(command=run)
     return parser

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jitmoe import build, render
+from jitmoe import render
+from jitmoe.build import ensure
 from jitmoe.errors import IsaError
 from jitmoe.render import Instance
 
@@ -118,7 +119,7 @@ def library() -> EmulatorLibrary:
         BuildError: if it cannot be compiled.
     """
     text = (render.template_dir() / SOURCE).read_text(encoding="utf-8")
-    return EmulatorLibrary(build.ensure(Instance(_Source(), text)))  # type: ignore[arg-type]
+    return EmulatorLibrary(ensure(Instance(_Source(), text)))  # type: ignore[arg-type]
 
 
 def install(emulator: EmulatorLibrary | None = None) -> None:

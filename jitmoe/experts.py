@@ -49,12 +49,12 @@ def forward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
 
     Args:
         call: routing and sizes.
-        addresses: of the tensors by their name in ``Call``; ``sums`` is there where float32 is the result,
-            ``result`` where bfloat16 is; ``saved_gate`` and ``saved_up`` where backward will want them.
+        addresses: of the tensors by their name in ``Call``; ``result`` where out is bfloat16, ``result_float``
+            where it is float32; ``saved_gate`` and ``saved_up`` where backward will want them.
     """
     groups = _groups(call, training=False)
     size = call.size(groups)
-    plan = plan_forward(call.shape, size, sums="sums" not in addresses)
+    plan = plan_forward(call.shape, size)
     strides = thread_strides(call.shape, size, strips=2)
     with arenas.lease(plan.nbytes) as base:
         load(call.shape).forward(_fields(call, groups, plan, base) | strides | dict(addresses))
@@ -64,8 +64,8 @@ def backward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
     """Backward of the experts; ``addresses`` as for :func:`forward`, gradients zero before the call."""
     groups = _groups(call, training=True)
     size = call.size(groups)
-    wants_x = "result" in addresses
-    plan = plan_backward(call.shape, size, sums=wants_x, recompute="saved_gate" not in addresses)
+    wants_x = not addresses.keys().isdisjoint({"result", "result_float"})
+    plan = plan_backward(call.shape, size, x_grad=wants_x, recompute="saved_gate" not in addresses)
     strides = thread_strides(call.shape, size, strips=4)
     with arenas.lease(plan.nbytes) as base:
         load(call.shape).backward(_fields(call, groups, plan, base) | strides | dict(addresses))
@@ -78,7 +78,7 @@ def _groups(call: ExpertCall, training: bool) -> Groups:
 
 def _fields(call: ExpertCall, groups: Groups, plan: MemoryPlan, base: int) -> dict[str, int | float]:
     scratch = {name: base + offset for name, offset in plan.offsets().items()}
-    assert scratch.keys() <= {*SCRATCH, "sums"}
+    assert scratch.keys() <= set(SCRATCH)
     return {
         **scratch,
         "row_token": call.route.row_token.ctypes.data,

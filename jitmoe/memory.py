@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jitmoe.errors import PlanError
-from jitmoe.plan import K_STEP, N_STRIP, Shape, ceil_div
+from jitmoe.plan import K_STEP, N_STRIP, PAIRED_OPERANDS, Shape, ceil_div, round_up
 
 FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
@@ -89,32 +89,31 @@ class CallSize:
     threads: int
 
 
-def plan_forward(shape: Shape, size: CallSize, sums: bool) -> MemoryPlan:
-    """Scratch of a forward call; ``sums`` where the float32 token sums are not the result itself."""
+def plan_forward(shape: Shape, size: CallSize) -> MemoryPlan:
+    """Scratch of a forward call."""
     load, gate_up, down_low, down = range(4)
     buffers = [
+        _sums(shape, size, down),
         _panel("x_panel", shape, size, shape.hidden, load, gate_up),
         _panel("act_panel", shape, size, shape.intermediate, gate_up, down),
         *_low_rank(shape, size, {"gate_low": (load, gate_up), "up_low": (load, gate_up), "down_low": (down_low, down)}),
         *_thread_buffers(shape, size, strips=2, last=down),
     ]
-    if sums:
-        buffers.append(Buffer("sums", (size.tokens, shape.hidden), "float32", load, down))
     return prove(place(buffers))
 
 
-def plan_backward(shape: Shape, size: CallSize, sums: bool, recompute: bool) -> MemoryPlan:
-    """Scratch of a backward call; ``recompute`` where forward saved neither gate nor up."""
-    load, gate_up, act_grad, low_grads, x_grad = range(5)
+def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -> MemoryPlan:
+    """Scratch of a backward call; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
+    load, gate_up, act_grad, low_grads, last = range(5)
     strips = ceil_div(shape.intermediate, N_STRIP)
     buffers = [
         _panel("out_panel", shape, size, shape.hidden, load, act_grad),
         _panel("act_panel", shape, size, shape.intermediate, act_grad, low_grads),
-        _panel("gate_panel", shape, size, shape.intermediate, act_grad, x_grad),
-        _panel("up_panel", shape, size, shape.intermediate, act_grad, x_grad),
+        _panel("gate_panel", shape, size, shape.intermediate, act_grad, last),
+        _panel("up_panel", shape, size, shape.intermediate, act_grad, last),
         Buffer("dot_parts", (size.rows, strips), "float32", act_grad, low_grads),
-        *_low_rank(shape, size, {name: (load, x_grad) for name in ("gate_low", "up_low", "down_low")}),
-        *_thread_buffers(shape, size, strips=4, last=x_grad),
+        *_low_rank(shape, size, {name: (load, last) for name in ("gate_low", "up_low", "down_low")}),
+        *_thread_buffers(shape, size, strips=4, last=last),
         Buffer("thread_block", (size.threads, _block_items(shape)), "float32", load, load),
     ]
     if size.rank:
@@ -122,24 +121,29 @@ def plan_backward(shape: Shape, size: CallSize, sums: bool, recompute: bool) -> 
             "gate_in_rows": (load, act_grad),
             "up_in_rows": (load, act_grad),
             "down_low_rows": (load, act_grad),
-            "gate_low_rows": (low_grads, x_grad),
-            "up_low_rows": (low_grads, x_grad),
-            "down_in_rows": (low_grads, x_grad),
+            "gate_low_rows": (low_grads, last),
+            "up_low_rows": (low_grads, last),
+            "down_in_rows": (low_grads, last),
         }
         buffers += [Buffer(name, (size.rows, size.rank), "float32", *life) for name, life in lives.items()]
     if recompute:
         buffers.append(_panel("x_panel", shape, size, shape.hidden, load, gate_up))
         group = (size.rows, shape.intermediate)
         buffers += [Buffer(name, group, "bfloat16", gate_up, act_grad) for name in ("group_gate", "group_up")]
-    if sums:
-        buffers.append(Buffer("sums", (size.tokens, shape.hidden), "float32", load, x_grad))
+    if x_grad:
+        buffers.append(_sums(shape, size, last))
     return prove(place(buffers))
+
+
+def operand_dtype(shape: Shape) -> str:
+    """What a panel holds: the left operand of the instruction set's products."""
+    return "bfloat16" if shape.isa in PAIRED_OPERANDS else "float32"
 
 
 def row_bytes(shape: Shape, training: bool) -> int:
     """Bytes of panels that one more row of a group takes; what the size of a group is decided by."""
     columns = 2 * shape.hidden + 4 * shape.intermediate if training else shape.hidden + shape.intermediate
-    return columns * ITEM_BYTES["float32"]
+    return columns * ITEM_BYTES[operand_dtype(shape)]
 
 
 def thread_strides(shape: Shape, size: CallSize, strips: int) -> dict[str, int]:
@@ -185,8 +189,14 @@ def prove(plan: MemoryPlan) -> MemoryPlan:
     return plan
 
 
+def _sums(shape: Shape, size: CallSize, last: int) -> Buffer:
+    return Buffer("sums", (ceil_div(shape.hidden, N_STRIP), size.tokens, N_STRIP), "float32", 0, last)
+
+
 def _panel(name: str, shape: Shape, size: CallSize, columns: int, first: int, last: int) -> Buffer:
-    return Buffer(name, (size.blocks * shape.m_step, columns), "float32", first, last)
+    dtype = operand_dtype(shape)
+    padded = columns if dtype == "float32" else round_up(columns, 2)
+    return Buffer(name, (size.blocks * shape.m_step, padded), dtype, first, last)
 
 
 def _low_rank(shape: Shape, size: CallSize, lives: dict[str, tuple[int, int]]) -> list[Buffer]:
@@ -210,10 +220,9 @@ def _weights_items(shape: Shape) -> int:
 
 
 def _gathered_items(shape: Shape, size: CallSize) -> int:
-    """Whole rows of one block, or 32 columns of a segment; a multiple of a cache line."""
-    items = max(shape.m_step * shape.hidden, size.segment_rows * N_STRIP)
-    return ceil_div(items, K_STEP) * K_STEP
+    """Whole rows of one block, or 32 columns of a segment: a multiple of a cache line."""
+    return max(shape.m_step * round_up(shape.hidden, K_STEP), size.segment_rows * N_STRIP)
 
 
 def _block_items(shape: Shape) -> int:
-    return ceil_div(shape.m_step * shape.hidden, K_STEP) * K_STEP
+    return shape.m_step * round_up(shape.hidden, K_STEP)

@@ -18,12 +18,17 @@ N_STRIP = 32
 """Output columns of one strip of packed weights."""
 
 M_STEPS: dict[str, tuple[int, ...]] = {
+    "avx512_bf16": (14,),
     "avx512": (4, 14),
+    "avx2": (3, 6),
     "ref": (4, 14),
 }
-"""Rows of a register block, per instruction set, ascending. Few rows expand the weights in registers
-(4 rows leave room for it); many rows sweep an expanded float32 panel (14 x 2 vectors fill 28 of the
-32 registers with accumulators)."""
+"""Rows of a register block, per instruction set, ascending. Many rows fill the registers with accumulators:
+14 x 2 of 32 vectors on AVX-512, 6 x 2 of 16 on AVX2. Few rows leave room to expand the weights in registers
+instead of sweeping an expanded panel; VDPBF16PS needs no expansion."""
+
+PAIRED_OPERANDS = ("avx512_bf16",)
+"""Instruction sets whose panels hold pairs of bfloat16; the panels of the others are float32."""
 
 FEW_ROWS = 8
 """Mean rows per active expert up to which the smallest M_STEP is taken."""

@@ -197,7 +197,7 @@ void run_backward(const Call& call) {
     const ThreadScratch scratch(call);
     if (call.sums) clear_sums<S>(call);
     for (int64_t g = 0; g < call.groups; ++g) backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    if (call.sums) round_sums<S>(call);
+    if (call.sums) write_result<S>(call);
   }
 }
 

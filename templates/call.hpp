@@ -44,8 +44,8 @@ struct Call {
   float* down_lora_b_grad;
   bf16* saved_gate;     // [S, I] before the activation; written by forward where not null
   bf16* saved_up;       // [S, I]
-  float* sums;          // [T, H] float32: out in forward, the gradient of x in backward
-  bf16* result;         // [T, H] the sums rounded once; null where float32 is the result
+  bf16* result;          // [T, H] out in forward, the gradient of x in backward; one of the two is null,
+  float* result_float;   // both if no gradient of x is wanted
   float* weights_grad;  // [T * K], zero before the call
   // Routing.
   const int64_t* row_token;  // [S]
@@ -61,6 +61,7 @@ struct Call {
   GatherRows gather_rows;
   SumRows sum_rows;
   // Scratch, one pointer a buffer; plan.py has sizes and lifetimes. Panels are row block after row block.
+  float* sums;        // [strips of H, T, 32] token sums: a strip belongs to one thread
   void* x_panel;      // [rows, H] of x; in backward only where gate and up are computed again
   void* out_panel;    // [rows, H] of the gradient of out
   void* act_panel;    // [rows, I] of a = silu(gate) * up

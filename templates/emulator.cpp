@@ -38,7 +38,7 @@ void count(Count what, uint64_t amount = 1) {
 
 constexpr int kTiles = 8, kRows = 16, kRowBytes = 64;
 
-// Bytes outside a tile's shape are always zero, as in hardware.
+// No instruction shows the bytes outside a tile's shape: they hold anything.
 struct Tile {
   uint8_t rows, row_bytes;
   alignas(64) uint8_t row[kRows][kRowBytes];
@@ -179,7 +179,6 @@ Tile* find_memory_tile(Machine& machine, const Instruction& instruction) {
 bool load_tile(Machine& machine, const Instruction& instruction) {
   Tile* tile = find_memory_tile(machine, instruction);
   if (!tile) return false;
-  memset(tile->row[tiles->start_row], 0, sizeof(tile->row[0]) * (kRows - tiles->start_row));
   for (int64_t m = tiles->start_row; m < tile->rows; ++m)
     memcpy(tile->row[m], instruction.memory + m * instruction.stride, tile->row_bytes);
   tiles->start_row = 0;
@@ -223,7 +222,7 @@ void finish_product(const Product& product, int terms) {
 }
 
 // Even and odd elements are two chains of fused multiply-adds over k; then even + odd, then + C. All 16
-// columns are computed and the tile's own are kept.
+// columns are computed; nobody reads those outside the tile.
 __attribute__((target("avx2,fma"))) bool tdpbf16ps(Machine& machine, const Instruction& instruction) {
   Product product;
   if (!find_product(machine, instruction, product)) return false;
@@ -247,12 +246,10 @@ __attribute__((target("avx2,fma"))) bool tdpbf16ps(Machine& machine, const Instr
         odd[half] = _mm256_fmadd_ps(odd_a, _mm256_load_ps(odd_b[k] + 8 * half), odd[half]);
       }
     }
-    alignas(32) float c[16];
-    for (int half = 0; half < 2; ++half) {
-      const __m256 old = _mm256_load_ps(reinterpret_cast<float*>(product.c->row[m]) + 8 * half);
-      _mm256_store_ps(c + 8 * half, _mm256_add_ps(old, _mm256_add_ps(even[half], odd[half])));
-    }
-    memcpy(product.c->row[m], c, product.c->row_bytes);
+    float* c = reinterpret_cast<float*>(product.c->row[m]);
+    for (int half = 0; half < 2; ++half)
+      _mm256_store_ps(c + 8 * half,
+                      _mm256_add_ps(_mm256_load_ps(c + 8 * half), _mm256_add_ps(even[half], odd[half])));
   }
   finish_product(product, 2);
   return true;
@@ -260,18 +257,19 @@ __attribute__((target("avx2,fma"))) bool tdpbf16ps(Machine& machine, const Instr
 
 // The four integer products differ only in the sign of their bytes. The sums wrap.
 template <typename A, typename B>
-bool tdp_bytes(Machine& machine, const Instruction& instruction) {
+__attribute__((target("avx2"))) bool tdp_bytes(Machine& machine, const Instruction& instruction) {
   Product product;
   if (!find_product(machine, instruction, product)) return false;
-  for (int m = 0; m < product.a->rows; ++m)
-    for (int n = 0; n < product.c->row_bytes / 4; ++n) {
-      uint32_t sum;
-      memcpy(&sum, product.c->row[m] + 4 * n, 4);
-      for (int k = 0; k < product.b->rows; ++k)
+  for (int m = 0; m < product.a->rows; ++m) {
+    uint32_t sums[16];
+    memcpy(sums, product.c->row[m], sizeof sums);
+    for (int k = 0; k < product.b->rows; ++k)
+      for (int n = 0; n < 16; ++n)
         for (int i = 0; i < 4; ++i)
-          sum += static_cast<A>(product.a->row[m][4 * k + i]) * static_cast<B>(product.b->row[k][4 * n + i]);
-      memcpy(product.c->row[m] + 4 * n, &sum, 4);
-    }
+          sums[n] +=
+              static_cast<A>(product.a->row[m][4 * k + i]) * static_cast<B>(product.b->row[k][4 * n + i]);
+    memcpy(product.c->row[m], sums, sizeof sums);
+  }
   finish_product(product, 4);
   return true;
 }

@@ -16,11 +16,10 @@ struct ForwardSteps {
   const Group& group;
   const ThreadScratch& scratch;
 
-  static int64_t panel_offset(int64_t block, int64_t k) { return block * S.m_step * k; }
-  Operand* panel(void* base, int64_t block, int64_t k) const {
-    return static_cast<Operand*>(base) + panel_offset(block, k);
+  static Operand* panel(void* base, int64_t block, int64_t k) {
+    return static_cast<Operand*>(base) + block * Gemm::block_elements(k);
   }
-  float* low(float* base, int64_t block) const { return base + panel_offset(block, call.rank); }
+  float* low(float* base, int64_t block) const { return base + block * call.rank * S.m_step; }
   float* low_rows(float* base, int64_t row) const { return base + (row - group.first_row) * call.rank; }
   float scale() const { return static_cast<float>(call.scale); }
 
@@ -35,8 +34,11 @@ struct ForwardSteps {
   Lora down_b(int64_t expert) const { return {call.down_lora_b, expert, S.hidden, call.rank}; }
 
   void gather_block(const bf16* tokens, const Block& block, Operand* target) const {
-    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows, S.hidden);
-    Gemm::pack_rows(scratch.rows, S.hidden, block.rows, S.hidden, target);
+    constexpr int64_t stride = round_up(S.hidden, kKStep);
+    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows, stride);
+    for (int64_t row = 0; row < block.rows; ++row)
+      for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;
+    Gemm::pack_rows(scratch.rows, stride, block.rows, S.hidden, target);
   }
 
   // x rows -> panel, and s x A^T of gate and up.
@@ -51,13 +53,13 @@ struct ForwardSteps {
   }
 
   // strip = [x | u] . [W | B]^T for 32 outputs.
-  void project(void* x_panel, const bf16* weights, int64_t out, int64_t in, const float* low_panel, Lora b,
+  void project(void* x_panel, const bf16* weights, int64_t out, int64_t in, float* low_panel, Lora b,
                const Segment& segment, int64_t strip, float* result) const {
     clear(result, segment.rows);
     Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in,
                   strip_of(weights, segment.expert, out, in, strip), result, scratch.weights);
     if (call.rank)
-      add_low_rank<S, Gemm>(low_panel + panel_offset(segment.block, call.rank), RowBlocks(segment.rows, S.m_step),
+      add_low_rank<S, Gemm>(low(low_panel, segment.block), RowBlocks(segment.rows, S.m_step),
                             call.rank, b.along_rows(), strip * kStrip, smaller(kStrip, out - strip * kStrip), result,
                             scratch.weights);
   }
@@ -111,7 +113,7 @@ struct ForwardSteps {
 
   void add_to_tokens(const Segment& segment, int64_t strip, const float* values, int64_t weighted) const {
     call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted, segment.rows,
-                  strip * kStrip, smaller(kStrip, S.hidden - strip * kStrip), call.sums, S.hidden);
+                  0, smaller(kStrip, S.hidden - strip * kStrip), sums_of(call, strip), kStrip);
   }
 };
 
@@ -137,7 +139,7 @@ void run_forward(const Call& call) {
     const ThreadScratch scratch(call);
     clear_sums<S>(call);
     for (int64_t g = 0; g < call.groups; ++g) forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    round_sums<S>(call);
+    write_result<S>(call);
   }
 }
 

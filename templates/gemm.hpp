@@ -22,7 +22,9 @@
 //
 // Every back end is a class template `Gemm...<S>` with these static functions:
 //
-//   pack_rows(rows, stride, count, k, block)                rows of bfloat16 -> one row block
+//   block_elements(k)                                       Operands of one row block
+//   pack_rows(rows, stride, count, k, block)                rows of bfloat16, zero up to a multiple of 32,
+//                                                           -> one row block
 //   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a block
 //   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
 //   backward(panel, rows, n, blocks, weights, strip, scratch)   strip += panel [rows, n] . W[n, 32 inputs]

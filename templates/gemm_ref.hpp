@@ -8,6 +8,7 @@ namespace jitmoe {
 template <Shape S>
 struct GemmRef {
   using Operand = float;
+  static int64_t block_elements(int64_t k) { return S.m_step * k; }
 
   static float weight(const bf16* weights, int64_t blocks, int64_t out, int64_t in) {
     const bf16* block = weights + (out / kStrip * blocks + in / kKStep) * kBlockElements;
@@ -34,7 +35,7 @@ struct GemmRef {
         for (int64_t c = 0; c < kStrip; ++c)
           for (int64_t i = 0; i < k; ++i)
             strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[(b * S.m_step + row) * k + i] * weight(weights, ceil_div(k, kKStep), c, i);
+                panel[b * block_elements(k) + row * k + i] * weight(weights, ceil_div(k, kKStep), c, i);
   }
 
   static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
@@ -45,7 +46,7 @@ struct GemmRef {
         for (int64_t c = 0; c < kStrip; ++c)
           for (int64_t i = 0; i < n; ++i)
             strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[(b * S.m_step + row) * n + i] * weight(weights, k_blocks, i, c);
+                panel[b * block_elements(n) + row * n + i] * weight(weights, k_blocks, i, c);
   }
 
   static void settle(float*, int64_t) {}

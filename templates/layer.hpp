@@ -2,8 +2,14 @@
 #pragma once
 #include "backward.hpp"
 #include "gemm_ref.hpp"
+#ifdef __AVX2__
+#include "gemm_avx2.hpp"
+#endif
 #ifdef __AVX512F__
 #include "gemm_avx512.hpp"
+#endif
+#ifdef __AVX512BF16__
+#include "gemm_avx512_bf16.hpp"
 #endif
 
 namespace jitmoe {
@@ -12,8 +18,14 @@ template <Shape S>
 auto gemm_of() {
   check_shape<S>();
   if constexpr (S.isa == Isa::ref) return GemmRef<S>{};
+#ifdef __AVX2__
+  if constexpr (S.isa == Isa::avx2) return GemmAvx2<S>{};
+#endif
 #ifdef __AVX512F__
   if constexpr (S.isa == Isa::avx512) return GemmAvx512<S>{};
+#endif
+#ifdef __AVX512BF16__
+  if constexpr (S.isa == Isa::avx512_bf16) return GemmAvx512Bf16<S>{};
 #endif
 }
 

@@ -84,26 +84,30 @@ inline void clear(float* strip, int64_t rows) {
   for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = 0.0f;
 }
 
-template <class F>
-void for_each_token(const Call& call, F&& f) {
-#pragma omp for schedule(static)
-  for (int64_t token = 0; token < call.tokens; ++token) f(token);
-}
+// Token sums lie strip by strip: rows of the full width H would, at a power of two, all fall into the
+// same sets of the L1 cache.
+inline float* sums_of(const Call& call, int64_t strip) { return call.sums + strip * call.tokens * kStrip; }
 
 template <Shape S>
 void clear_sums(const Call& call) {
-  for_each_token(call, [&](int64_t token) {
-    for (int64_t c = 0; c < S.hidden; ++c) call.sums[token * S.hidden + c] = 0.0f;
-  });
+#pragma omp for schedule(static)
+  for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip) clear(sums_of(call, strip), call.tokens);
 }
 
+// The one rounding of the sums into the result.
 template <Shape S>
-void round_sums(const Call& call) {
-  if (!call.result) return;
-  for_each_token(call, [&](int64_t token) {
-    for (int64_t c = 0; c < S.hidden; ++c)
-      call.result[token * S.hidden + c] = to_bf16(call.sums[token * S.hidden + c]);
-  });
+void write_result(const Call& call) {
+#pragma omp for schedule(static)
+  for (int64_t token = 0; token < call.tokens; ++token)
+    for (int64_t column = 0; column < S.hidden; column += kStrip) {
+      const float* sums = sums_of(call, column / kStrip) + token * kStrip;
+      const int64_t columns = smaller(kStrip, S.hidden - column);
+      const int64_t at = token * S.hidden + column;
+      for (int64_t c = 0; c < columns; ++c) {
+        if (call.result) call.result[at + c] = to_bf16(sums[c]);
+        if (call.result_float) call.result_float[at + c] = sums[c];
+      }
+    }
 }
 
 }  // namespace jitmoe

@@ -4,7 +4,7 @@
 
 namespace jitmoe {
 
-enum class Isa { ref, avx512 };
+enum class Isa { ref, avx2, avx512, avx512_bf16 };
 
 struct Shape {
   Isa isa;

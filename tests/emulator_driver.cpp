@@ -148,6 +148,10 @@ driver_run_general:
 
 extern "C" {
 
+// Operand of the instructions that address relative to rip.
+[[gnu::visibility("hidden")]] alignas(64) uint8_t driver_operand[64];
+void* driver_operand_address() { return driver_operand; }
+
 void driver_run_general(const void* code, Registers* registers, int64_t with_vectors);
 
 namespace {
@@ -166,6 +170,8 @@ void handle_ud2(int signal, siginfo_t* info, void* context) {
   } else if (!memcmp(reinterpret_cast<void*>(rip), "\x0f\x0b", 2)) {
     rip += 2;
     if (!emulator_step(context)) abort();
+  } else if (previous.sa_handler == SIG_DFL) {
+    sigaction(signal, &previous, nullptr);
   } else {
     previous.sa_sigaction(signal, info, context);
   }

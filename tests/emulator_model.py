@@ -16,7 +16,7 @@ QUIET = np.uint32(0x00400000)
 INDEFINITE = np.uint32(0xFFC00000)
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What hardware answers with the exception named in the message."""
 
 
@@ -36,12 +36,13 @@ def widen(halves: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """``a * b + c`` with one rounding, for ``a`` and ``b`` that are bfloat16 values in float32 bits.
+    """``a * b + c`` with one rounding, on float32 bits; NaN becomes the indefinite.
 
-    The product is exact in float64. The sum is rounded to odd there (its last bit says whether anything
-    was lost), so that the second rounding, to float32, is right. A generated NaN is the indefinite.
+    The product must fit float64: bfloat16 times bfloat16, or anything times one. The sum is rounded to
+    odd there (its last bit says whether anything was lost), so that the rounding to float32 is right.
     """
-    x, y, z = (flush(np.asarray(v, np.uint32)).view(np.float32).astype(np.float64) for v in (a, b, c))
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        x, y, z = (flush(np.asarray(v, np.uint32)).view(np.float32).astype(np.float64) for v in (a, b, c))
     with np.errstate(all="ignore"):
         product = x * y
         total = product + z
@@ -116,13 +117,13 @@ class Tiles:
         """Load a configuration and clear the tiles."""
         rows, row_bytes = config[48:56].astype(int), config[16:32].view(np.uint16).astype(int)
         if config[0] > 1:
-            raise Refused("#GP")
+            raise RefusedError("#GP")
         if config[0] == 0:
             return self.tilerelease()
         if config[2:16].any() or config[32:48].any() or config[56:].any():
-            raise Refused("#GP")
+            raise RefusedError("#GP")
         if (rows > ROWS).any() or (row_bytes > ROW_BYTES).any() or ((rows == 0) != (row_bytes == 0)).any():
-            raise Refused("#GP")
+            raise RefusedError("#GP")
         self.config = config.copy()
         self.data[:] = 0
 
@@ -138,14 +139,14 @@ class Tiles:
     def shape(self, tile: int) -> tuple[int, int]:
         """Rows and bytes per row of a tile that may be used."""
         if self.config is None or self.config[48 + tile] == 0:
-            raise Refused("#UD")
+            raise RefusedError("#UD")
         return int(self.config[48 + tile]), int(self.config[16 + 2 * tile])
 
     def _memory_shape(self, tile: int) -> tuple[int, int]:
         rows, row_bytes = self.shape(tile)
         assert self.config is not None
         if row_bytes % 4 or self.config[1] >= rows:
-            raise Refused("#UD")
+            raise RefusedError("#UD")
         return rows, row_bytes
 
     def tilezero(self, tile: int) -> None:
@@ -179,7 +180,7 @@ class Tiles:
         (rows, bytes_c), (rows_a, bytes_a), (depth, bytes_b) = self.shape(c), self.shape(a), self.shape(b)
         fits = rows == rows_a and bytes_c == bytes_b and bytes_a == 4 * depth
         if len({a, b, c}) < 3 or bytes_c % 4 or not fits:
-            raise Refused("#UD")
+            raise RefusedError("#UD")
         operands = [
             np.ascontiguousarray(self.data[tile, :height, :width]).view(np.uint32)
             for tile, height, width in ((c, rows, bytes_c), (a, rows, bytes_a), (b, depth, bytes_b))

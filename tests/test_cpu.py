@@ -38,7 +38,7 @@ def test_detect_describes_this_machine():
 @pytest.mark.parametrize("missing", sorted(AVX512))
 def test_auto_leaves_avx512_when_one_feature_is_missing(pretend, missing):
     pretend(AVX512 - {missing})
-    assert cpu.resolve_isa("auto") == "ref"
+    assert cpu.resolve_isa("auto") == next(isa for isa in ISAS if missing not in cpu.REQUIRED_FEATURES[isa])
     with pytest.raises(IsaError, match=f"does not offer .*{missing}"):
         cpu.resolve_isa("avx512")
 

@@ -21,14 +21,13 @@ def test_golden(shape, golden):
 
 def test_every_field_of_the_shape_reaches_the_text():
     text = render(SHAPES[0]).text
-    for field, value in (("isa", "jitmoe::Isa::avx512"), ("hidden", "2048"), ("intermediate", "1408")):
-        assert f".{field} = {value}," in text
-    for field, value in (("padded_rank", "32"), ("m_step", "14"), ("lora_bf16", "false")):
+    fields = {"isa": "jitmoe::Isa::avx512", "hidden": 2048, "intermediate": 1408, "padded_rank": 32, "m_step": 14}
+    for field, value in (fields | {"lora_bf16": "false"}).items():
         assert f".{field} = {value}," in text
 
 
 def test_an_instance_is_not_a_kernel():
-    lines = [line for line in render(SHAPES[0]).text.splitlines() if line.strip()]
+    lines = [line for line in render(SHAPES[0]).text.splitlines() if line and not line.startswith("//")]
     assert len(lines) < 40
     assert len([line for line in lines if line.startswith("#include")]) == 1
     assert not re.search(r"\$|\b(for|while|if)\b", "\n".join(lines))

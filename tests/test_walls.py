@@ -9,10 +9,32 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jitmoe"
 
-ORDER = (
-    "errors settings config plan render memory workspace cpu toolchain cache build emulator kernels route scan tokens "
-    "experts pack reference autograd layer __init__ cli __main__"
-).split()
+ORDER = [
+    "errors",
+    "settings",
+    "config",
+    "plan",
+    "render",
+    "memory",
+    "workspace",
+    "cpu",
+    "toolchain",
+    "cache",
+    "build",
+    "emulator",
+    "kernels",
+    "route",
+    "scan",
+    "tokens",
+    "experts",
+    "pack",
+    "reference",
+    "autograd",
+    "layer",
+    "__init__",
+    "cli",
+    "__main__",
+]
 """A module imports only modules that stand before it. A new module gets its place here."""
 
 WALLS = {

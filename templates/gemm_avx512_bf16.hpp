@@ -1,0 +1,187 @@
+// AVX512-BF16: VDPBF16PS multiplies pairs of bfloat16 and adds both products to a float32, so the packed
+// weights are its operand as they lie and nothing is expanded. Row blocks are pairs, k-major:
+// [k / 2, m_step] lanes of 32 bits, padded with a zero where k is odd.
+//
+//                     w pairs 0..15   w pairs 16..31    two loads from the packed strip itself
+//     x pair of row 0 ->  sum[0][0]       sum[0][1]
+//     x pair of row 1 ->  sum[1][0]       sum[1][1]     28 dot products for 14 broadcasts
+//       ...
+//
+// The instruction flushes denormal operands and results to zero.
+#pragma once
+#include "gemm_avx512.hpp"
+
+namespace jitmoe {
+
+template <Shape S>
+struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
+  using Base = GemmF32<S, Simd512>;
+  using V = Simd512;
+  using Operand = uint32_t;
+  static constexpr int64_t kPairs = 512;  // contraction chunk: 64 KB of weights, half of x's L1 in pairs
+
+  static int64_t pairs_of(int64_t k) { return ceil_div(k, 2); }
+  static int64_t block_elements(int64_t k) { return S.m_step * pairs_of(k); }
+
+  static void pack_rows(const bf16* rows, int64_t stride, int64_t count, int64_t k, Operand* block) {
+    for (int64_t column = 0; column < k; column += kKStep) {
+      __m512i pairs[16];
+      for (int row = 0; row < 16; ++row)
+        pairs[row] = row < count ? V::load_bits(rows + row * stride + column) : V::zero_bits();
+      store_pairs(pairs, column, k, block);
+    }
+  }
+
+  static void pack_strip(const float* strip, int64_t count, int64_t column, int64_t columns, int64_t,
+                         Operand* block) {
+    __m512i pairs[16];
+    for (int row = 0; row < 16; ++row) {
+      const float* values = strip + row * kStrip;
+      const __m512 left = V::load_some(values, smaller(columns, 16));
+      const __m512 right = V::load_some(values + 16, columns > 16 ? columns - 16 : 0);
+      pairs[row] = row < count ? reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left)) : V::zero_bits();
+    }
+    store_pairs(pairs, column, column + columns, block);
+  }
+
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip, float*) {
+    const RowBlocks blocks(rows, S.m_step);
+    for (int64_t first = 0; first < pairs_of(k); first += kPairs) {
+      const int64_t count = smaller(kPairs, pairs_of(k) - first);
+      const bool odd = k % 2 && first + count == pairs_of(k);
+      const bf16* source = weights + first * 2 * kStrip;
+      for (int64_t b = 0; b < blocks.count; ++b)
+        Base::with_rows(blocks.size(b), [&]<int R>() {
+          dot<R, true>(panel + b * block_elements(k) + first * S.m_step, source, count, odd,
+                 strip + blocks.begin(b) * kStrip);
+        });
+    }
+  }
+
+  static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
+                       float* strip, float* scratch) {
+    const RowBlocks blocks(rows, S.m_step);
+    const int64_t stride = k_blocks * kBlockElements;
+    bf16* paired = reinterpret_cast<bf16*>(scratch);
+    for (int64_t first = 0; first < n; first += kChunk) {
+      const int64_t count = smaller(kChunk, n - first);
+      for (int64_t i = 0; i < count; i += kStrip) {
+        const bf16* block = weights + (first + i) / kStrip * stride;
+        if (first + i + kChunk < n) Base::prefetch_block(block + kChunk / kStrip * stride);
+        pair_outputs(block, paired + i * kStrip);
+        pair_outputs(block + kTileElements, paired + i * kStrip + kTile / 2 * kKStep);
+      }
+      const bool odd = n % 2 && first + count == n;
+      for (int64_t b = 0; b < blocks.count; ++b)
+        Base::with_rows(blocks.size(b), [&]<int R>() {
+          dot<R, false>(panel + b * block_elements(n) + first / 2 * S.m_step, paired, pairs_of(count), odd,
+                 strip + blocks.begin(b) * kStrip);
+        });
+    }
+  }
+
+  static void settle(float*, int64_t) {}
+
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
+                       float* low) {
+    Base::low_rank_rows(
+        k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
+        [&](int64_t i) {
+          const __m512i pairs = _mm512_maskz_loadu_epi32(V::first(rows), block + i / 2 * S.m_step);
+          return i % 2 ? V::high_half(pairs) : V::low_half(pairs);
+        },
+        low);
+  }
+
+ private:
+  // Sixteen rows of sixteen pairs from `column` on -> their place in the k-major block.
+  static void store_pairs(__m512i (&pairs)[16], int64_t column, int64_t k, Operand* block) {
+    V::transpose(pairs);
+    const int64_t count = smaller(16, pairs_of(k - column));
+    for (int64_t i = 0; i < count; ++i)
+      _mm512_mask_storeu_epi32(block + (column / 2 + i) * S.m_step, V::first(S.m_step), pairs[i]);
+  }
+
+  // Tiles of 16 rows of pairs, in either direction of the contraction. Where the last pair is only half
+  // there, its other half is cut off the weights: padding times zero is no zero if the padding is a NaN.
+  template <int R, bool Streams>
+  static void dot(const Operand* a, const bf16* weights, int64_t pairs, bool odd, float* c) {
+    constexpr int64_t kAhead = 4096 / sizeof(bf16);
+    __m512 sum[R][2];
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      sum[row][0] = V::load(c + row * kStrip);
+      sum[row][1] = V::load(c + row * kStrip + 16);
+    }
+    const int64_t whole = odd ? pairs - 1 : pairs;
+    for (int64_t i = 0; i < whole; ++i) {
+      const bf16* pair = weights + i / 16 * kBlockElements + i % 16 * kKStep;
+      if constexpr (Streams) {
+        V::prefetch(pair + kAhead);
+        V::prefetch(pair + kAhead + kTileElements);
+      }
+      dot_row<R>(a + i * S.m_step, V::load_bits(pair), V::load_bits(pair + kTileElements), sum);
+    }
+    if (odd) {
+      const bf16* pair = weights + whole / 16 * kBlockElements + whole % 16 * kKStep;
+      const __m512i half = _mm512_set1_epi32(0xffff);
+      dot_row<R>(a + whole * S.m_step, _mm512_and_si512(V::load_bits(pair), half),
+                 _mm512_and_si512(V::load_bits(pair + kTileElements), half), sum);
+    }
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      V::store(c + row * kStrip, sum[row][0]);
+      V::store(c + row * kStrip + 16, sum[row][1]);
+    }
+  }
+
+  template <int R>
+  static void dot_row(const Operand* a, __m512i left, __m512i right, __m512 (&sum)[R][2]) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[row])));
+      sum[row][0] = _mm512_dpbf16_ps(sum[row][0], x, reinterpret_cast<__m512bh>(left));
+      sum[row][1] = _mm512_dpbf16_ps(sum[row][1], x, reinterpret_cast<__m512bh>(right));
+    }
+  }
+
+  // One tile with pairs along its inputs -> eight rows of pairs along its outputs, in the order of a
+  // packed block: [tile of inputs][output pair][input]. Inside each 64-bit lane (two outputs) the middle
+  // halves change places; then 8 x 8 transposes of 64-bit lanes.
+  //
+  //     outputs:  [a0 a1][b0 b1] -> [a0 b0][a1 b1]       0, 1: even and odd input of the pair
+  static void pair_outputs(const bf16* tile, bf16* paired) {
+    const __m512i swap = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int64_t half = 0; half < 2; ++half) {
+      __m512i row[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        row[i] = _mm512_shuffle_epi8(V::load_bits(tile + (half * 8 + i) * kKStep), swap);
+      transpose_qwords(row);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) _mm512_storeu_si512(paired + half * kTileElements + i * kKStep, row[i]);
+    }
+  }
+
+  static void transpose_qwords(__m512i (&row)[8]) {
+    __m512i next[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      next[i] = _mm512_unpacklo_epi64(row[i], row[i + 1]);
+      next[i + 1] = _mm512_unpackhi_epi64(row[i], row[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512i a = _mm512_shuffle_i64x2(next[i], next[i + 2], 0x88);
+      const __m512i b = _mm512_shuffle_i64x2(next[i], next[i + 2], 0xdd);
+      const __m512i c = _mm512_shuffle_i64x2(next[i + 4], next[i + 6], 0x88);
+      const __m512i d = _mm512_shuffle_i64x2(next[i + 4], next[i + 6], 0xdd);
+      row[i] = _mm512_shuffle_i64x2(a, c, 0x88);
+      row[i + 2] = _mm512_shuffle_i64x2(b, d, 0x88);
+      row[i + 4] = _mm512_shuffle_i64x2(a, c, 0xdd);
+      row[i + 6] = _mm512_shuffle_i64x2(b, d, 0xdd);
+    }
+  }
+};
+
+}  // namespace jitmoe

@@ -1,0 +1,250 @@
+// Back end for vectors of float32 with fused multiply-add; `V` wraps one register width. Row blocks are
+// float32 and k-major, [k, m_step]: the m_step values that one step of the contraction broadcasts lie
+// side by side.
+//
+// One register block, m_step rows x 2 vectors (AVX-512: 14 x 32 columns, 28 accumulators of 32 registers;
+// AVX2: 6 x 16 columns, 12 of 16, twice for a strip):
+//
+//                    w[k, 0..]      w[k, lanes..]      two loads from the expanded panel (L1/L2)
+//     x[k, 0]   ->   sum[0][0]      sum[0][1]
+//     x[k, 1]   ->   sum[1][0]      sum[1][1]          m_step broadcasts, 2 m_step multiply-adds
+//       ...
+//
+// Each element is one chain of fused multiply-adds in ascending k, in every form below: a row's bits
+// do not depend on the number of rows beside it.
+#pragma once
+#include "gemm.hpp"
+
+namespace jitmoe {
+
+template <Shape S, class V>
+struct GemmF32 {
+  using Operand = float;
+  using Float = typename V::Float;
+  using Bits = typename V::Bits;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kWidth = 2 * kLanes;         // columns of one register block
+  static constexpr int64_t kDirectRows = 4;         // m_step up to which the weights are expanded in registers
+  static constexpr int64_t kFetchSweeps = 4;        // sweeps that together prefetch one chunk, a line every 4 k
+  static_assert(S.m_step <= kLanes, "a row block must fit the lanes of one vector");
+
+  static int64_t block_elements(int64_t k) { return S.m_step * k; }
+
+  static void pack_rows(const bf16* rows, int64_t stride, int64_t count, int64_t k, Operand* block) {
+    for (int64_t column = 0; column < k; column += kWidth) {
+      Bits pairs[kLanes];
+      for (int row = 0; row < kLanes; ++row)
+        pairs[row] = row < count ? V::load_bits(rows + row * stride + column) : V::zero_bits();
+      V::transpose(pairs);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t at = column + 2 * i;
+        if (at < k) V::store_some(block + at * S.m_step, S.m_step, V::low_half(pairs[i]));
+        if (at + 1 < k) V::store_some(block + (at + 1) * S.m_step, S.m_step, V::high_half(pairs[i]));
+      }
+    }
+  }
+
+  static void pack_strip(const float* strip, int64_t count, int64_t column, int64_t columns, int64_t,
+                         Operand* block) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Bits values[kLanes];
+      for (int row = 0; row < kLanes; ++row)
+        values[row] = row < count ? V::load_bits(strip + row * kStrip + c) : V::zero_bits();
+      V::transpose(values);
+      for (int64_t i = 0; i < smaller(kLanes, columns - c); ++i)
+        V::store_some(block + (column + c + i) * S.m_step, S.m_step, V::as_float(values[i]));
+    }
+  }
+
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip,
+                      float* scratch) {
+    const RowBlocks blocks(rows, S.m_step);
+    if constexpr (S.m_step <= kDirectRows) {
+      for (int64_t b = 0; b < blocks.count; ++b)
+        with_rows(blocks.size(b), [&]<int R>() {
+          direct<R>(panel + b * block_elements(k), weights, k, strip + blocks.begin(b) * kStrip);
+        });
+    } else {
+      for (int64_t first = 0; first < k; first += kChunk) {
+        const int64_t count = smaller(kChunk, k - first);
+        const bf16* source = weights + first * kStrip;
+        for (int64_t i = 0; i < count; i += kKStep) expand(source + i * kStrip, scratch + i * kStrip);
+        sweep(panel, blocks, k, first, count, source + kChunk * kStrip, scratch, strip);
+      }
+    }
+  }
+
+  // The strip is left in the lane order of the expanded panel: even columns, then odd; see settle().
+  static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
+                       float* strip, float* scratch) {
+    const RowBlocks blocks(rows, S.m_step);
+    const int64_t stride = k_blocks * kBlockElements;
+    for (int64_t first = 0; first < n; first += kChunk) {
+      const int64_t count = smaller(kChunk, n - first);
+      for (int64_t i = 0; i < count; i += kStrip) {
+        const bf16* block = weights + (first + i) / kStrip * stride;
+        if (first + i + kChunk < n) prefetch_block(block + kChunk / kStrip * stride);
+        transpose_expand(block, scratch + i * kStrip);
+        transpose_expand(block + kTileElements, scratch + (i + kTile) * kStrip);
+      }
+      sweep(panel, blocks, n, first, count, nullptr, scratch, strip);
+    }
+  }
+
+  static void settle(float* strip, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float natural[kStrip];
+      for (int64_t i = 0; i < kTile; ++i) {
+        natural[2 * i] = strip[row * kStrip + i];
+        natural[2 * i + 1] = strip[row * kStrip + kTile + i];
+      }
+      for (int64_t i = 0; i < kStrip; ++i) strip[row * kStrip + i] = natural[i];
+    }
+  }
+
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
+                       float* low) {
+    low_rank_rows(
+        k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
+        [&](int64_t i) { return V::load_some(block + i * S.m_step, rows); }, low);
+  }
+
+  static void outer(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t k, float* c) {
+    for (int64_t row = 0; row < rows; row += S.m_step)
+      with_rows(smaller(S.m_step, rows - row), [&]<int R>() {
+        for (int64_t column = 0; column < kStrip; column += kWidth)
+          accumulate<R>(a + row, a_stride, b + column, k, nullptr, c + row * kStrip + column);
+      });
+  }
+
+ protected:
+  // Calls f.operator()<rows>() for rows in 1..m_step.
+  template <int R = S.m_step, class F>
+  static void with_rows(int64_t rows, F&& f) {
+    if (rows == R) return f.template operator()<R>();
+    if constexpr (R > 1) with_rows<R - 1>(rows, f);
+  }
+
+  // low [rank, m_step] = sum over k of lora(k, r) * rows_at(k). Lanes are the rows of the block; eight
+  // ranks at a time keep eight chains of additions in flight.
+  template <class Lora, class RowsAt>
+  static void low_rank_rows(int64_t k, int64_t rank, Lora&& lora, RowsAt&& rows_at, float* low) {
+    constexpr int kRanks = 8;
+    for (int64_t r = 0; r < rank; r += kRanks) {
+      const int64_t ranks = smaller(kRanks, rank - r);
+      Float sum[kRanks];
+      for (int j = 0; j < kRanks; ++j) sum[j] = V::set(0.0f);
+      for (int64_t i = 0; i < k; ++i) {
+        const Float x = rows_at(i);
+#pragma GCC unroll 8
+        for (int j = 0; j < kRanks; ++j) sum[j] = V::fma(x, V::set(lora(i, r + smaller(j, ranks - 1))), sum[j]);
+      }
+      for (int64_t j = 0; j < ranks; ++j) V::store_some(low + (r + j) * S.m_step, S.m_step, sum[j]);
+    }
+  }
+
+  static void prefetch_block(const bf16* block) {
+    for (int64_t i = 0; i < kBlockElements; i += 32) V::prefetch(block + i);
+  }
+
+ private:
+  // All row blocks over one expanded chunk, while the next chunk of weights comes into the cache.
+  static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first, int64_t count,
+                    const bf16* next, const float* scratch, float* strip) {
+    for (int64_t b = 0; b < blocks.count; ++b)
+      with_rows(blocks.size(b), [&]<int R>() {
+        const bf16* ahead = next && b < kFetchSweeps ? next + b * count * 8 : nullptr;
+        for (int64_t column = 0; column < kStrip; column += kWidth)
+          accumulate<R>(panel + b * block_elements(k) + first * S.m_step, S.m_step, scratch + column, count, ahead,
+                        strip + blocks.begin(b) * kStrip + column);
+      });
+  }
+
+  template <int R>
+  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, const bf16* next, float* c) {
+    Float sum[R][2];
+    load_sums<R>(c, sum);
+    for (int64_t i = 0; i < k; ++i) {
+      if (next && i % 4 == 0) V::prefetch(next + i * 8);
+      fma_row<R>(a + i * a_stride, V::load(b + i * kStrip), V::load(b + i * kStrip + kLanes), sum);
+    }
+    store_sums<R>(c, sum);
+  }
+
+  // Few rows: the expansion costs less than writing and reading a panel. 4 KB ahead is beyond what the
+  // hardware prefetcher keeps in flight on one page.
+  template <int R>
+  static void direct(const float* a, const bf16* weights, int64_t k, float* c) {
+    constexpr int64_t kAhead = 4096 / sizeof(bf16);
+    constexpr int kPieces = kTile / kLanes;  // vectors across one row of a tile
+    for (int piece = 0; piece < kPieces; ++piece) {
+      Float sum[R][2];
+      load_sums<R>(c + piece * kLanes, sum, kTile);
+      for (int64_t i = 0; i < k; i += 2) {
+        const bf16* pairs = weights + i / kKStep * kBlockElements + i % kKStep / 2 * kKStep + piece * kWidth;
+        V::prefetch(pairs + kAhead);
+        V::prefetch(pairs + kAhead + kTileElements);
+        const Bits left = V::load_bits(pairs), right = V::load_bits(pairs + kTileElements);
+        fma_row<R>(a + i * S.m_step, V::low_half(left), V::low_half(right), sum);
+        if (i + 1 < k) fma_row<R>(a + (i + 1) * S.m_step, V::high_half(left), V::high_half(right), sum);
+      }
+      store_sums<R>(c + piece * kLanes, sum, kTile);
+    }
+  }
+
+  template <int R>
+  static void fma_row(const float* a, Float left, Float right, Float (&sum)[R][2]) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      const Float x = V::set(a[row]);
+      sum[row][0] = V::fma(x, left, sum[row][0]);
+      sum[row][1] = V::fma(x, right, sum[row][1]);
+    }
+  }
+
+  template <int R>
+  static void load_sums(const float* c, Float (&sum)[R][2], int64_t apart = kLanes) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      sum[row][0] = V::load(c + row * kStrip);
+      sum[row][1] = V::load(c + row * kStrip + apart);
+    }
+  }
+
+  template <int R>
+  static void store_sums(float* c, const Float (&sum)[R][2], int64_t apart = kLanes) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      V::store(c + row * kStrip, sum[row][0]);
+      V::store(c + row * kStrip + apart, sum[row][1]);
+    }
+  }
+
+  // One packed block of 32 columns of the contraction -> 32 rows of 32 float32.
+  static void expand(const bf16* block, float* panel) {
+    for (int64_t pair = 0; pair < kKStep / 2; ++pair)
+      for (int64_t c = 0; c < kStrip; c += kLanes) {
+        const Bits pairs = V::load_bits(block + c / kTile * kTileElements + pair * kKStep + c % kTile * 2);
+        V::store(panel + 2 * pair * kStrip + c, V::low_half(pairs));
+        V::store(panel + (2 * pair + 1) * kStrip + c, V::high_half(pairs));
+      }
+  }
+
+  // One tile read along its outputs: a transpose of its 32-bit pairs gives, for each output, its 32
+  // inputs; low halves are the even inputs, high halves the odd ones.
+  static void transpose_expand(const bf16* tile, float* panel) {
+    for (int64_t pair = 0; pair < kTile; pair += kLanes)
+      for (int64_t out = 0; out < kTile; out += kLanes) {
+        Bits pairs[kLanes];
+        for (int i = 0; i < kLanes; ++i) pairs[i] = V::load_bits(tile + (pair + i) * kKStep + out * 2);
+        V::transpose(pairs);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          V::store(panel + (out + i) * kStrip + pair, V::low_half(pairs[i]));
+          V::store(panel + (out + i) * kStrip + kTile + pair, V::high_half(pairs[i]));
+        }
+      }
+  }
+};
+
+}  // namespace jitmoe
