@@ -425,7 +425,7 @@ void report(const char* name, uint64_t address, const char* reason) {
            static_cast<unsigned long long>(address), known ? where.dli_fname : "no library",
            static_cast<unsigned long long>(address - reinterpret_cast<uint64_t>(where.dli_fbase)), reason);
   if (auto hook = error_hook.load()) return hook(message);
-  if (write(STDERR_FILENO, message, strlen(message)) < 0) abort();
+  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, message, strlen(message));
   abort();
 }
 

@@ -206,7 +206,10 @@ int64_t driver_step(uint8_t* image, const void* code, const Registers* registers
   constexpr int kOrder[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                               REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
   last_error[0] = 0;
-  const struct { uint32_t magic, size; uint64_t features; } software = {FP_XSTATE_MAGIC1, 0, 0xe7};
+  const struct {
+    uint32_t magic, size;
+    uint64_t features;
+  } software = {FP_XSTATE_MAGIC1, 0, 0xe7};
   memcpy(image + 464, &software, sizeof software);
   ucontext_t context = {};
   context.uc_mcontext.fpregs = reinterpret_cast<fpregset_t>(image);

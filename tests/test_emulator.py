@@ -176,7 +176,7 @@ class Form:
         name = self.name
         if self.memory:
             operand = self.memory.text + (f"{{1to{self.width // 4}}}" if self.broadcast else "")
-            name += {16: "x", 32: "y", 64: ""}[self.width] if short else ""
+            name += {16: "x", 32: "y", 64: ""}[self.width] if short and not self.broadcast else ""
         operands = [operand] if short else [operand, f"{vector[self.width]}{self.first}"]
         destination = f"{vector[max(16, self.width // 2) if short else self.width]}{self.destination}"
         mask = (f"{{%k{self.mask}}}" if self.mask else "") + ("{z}" if self.zeroing else "")
