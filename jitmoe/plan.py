@@ -30,7 +30,7 @@ instead of sweeping an expanded panel; VDPBF16PS needs no expansion."""
 PAIRED_OPERANDS = ("avx512_bf16",)
 """Instruction sets whose panels hold pairs of bfloat16; the panels of the others are float32."""
 
-FEW_ROWS = 8
+FEW_ROWS = 4
 """Mean rows per active expert up to which the smallest M_STEP is taken."""
 
 

@@ -23,9 +23,9 @@ struct GemmF32 {
   using Float = typename V::Float;
   using Bits = typename V::Bits;
   static constexpr int kLanes = V::kLanes;
-  static constexpr int kWidth = 2 * kLanes;         // columns of one register block
-  static constexpr int64_t kDirectRows = 4;         // m_step up to which the weights are expanded in registers
-  static constexpr int64_t kFetchSweeps = 4;        // sweeps that together prefetch one chunk, a line every 4 k
+  static constexpr int kWidth = 2 * kLanes;    // columns of one register block
+  static constexpr int64_t kDirectBlocks = 2;  // row blocks up to which the weights are expanded in registers
+  static constexpr int64_t kFetchSweeps = 4;   // sweeps that together prefetch one chunk, a line every 4 k
   static_assert(S.m_step <= kLanes, "a row block must fit the lanes of one vector");
 
   static int64_t block_elements(int64_t k) { return S.m_step * k; }
@@ -59,7 +59,7 @@ struct GemmF32 {
   static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip,
                       float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
-    if constexpr (S.m_step <= kDirectRows) {
+    if (blocks.count <= kDirectBlocks) {
       for (int64_t b = 0; b < blocks.count; ++b)
         with_rows(blocks.size(b), [&]<int R>() {
           direct<R>(panel + b * block_elements(k), weights, k, strip + blocks.begin(b) * kStrip);

@@ -1,0 +1,107 @@
+"""Layers made from the yardstick's inputs, and comparisons of bits, for every test of the layer."""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from yardstick import CASES, Case, Inputs, Results
+
+from jitmoe import MoEConfig, MoELayer, build, cpu
+from jitmoe.config import ISAS
+
+EMULATED = ("amx",)
+"""Instruction sets that the tests run in an emulator of their own, not here."""
+
+NATIVE = tuple(isa for isa in ISAS if isa not in EMULATED)
+
+EVERY_ISA = pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in NATIVE])
+"""Runs a test on each instruction set; skipped, with the reason, where this CPU lacks it."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type by the bytes of an element."""
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def usable_isas() -> list[str]:
+    return [found.isa for found in cpu.capabilities() if found.usable and found.isa in NATIVE]
+
+
+def config_of(case: Case, isa: str, **options: Any) -> MoEConfig:
+    return MoEConfig(
+        num_experts=case.experts,
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        top_k=case.top_k,
+        lora_rank=case.rank,
+        lora_alpha=case.scale * max(case.rank, 1),
+        lora_dtype=str(case.lora_dtype).removeprefix("torch."),
+        isa=isa,
+        allow_skip=case.routing == "skipped_slots",
+        **options,
+    )
+
+
+def layer_of(inputs: Inputs, isa: str, **options: Any) -> MoELayer:
+    """A layer with the base and LoRA values of ``inputs`` that really runs on ``isa``."""
+    layer = MoELayer(config_of(inputs.case, isa, **options), inputs.gate_proj, inputs.up_proj, inputs.down_proj)
+    assert layer.isa == isa, f"asked for {isa}, got {layer.isa}: another instruction set proves nothing about it"
+    set_lora(layer, inputs)
+    return layer
+
+
+def set_lora(layer: MoELayer, inputs: Inputs) -> None:
+    if inputs.lora:
+        with torch.no_grad():
+            for name, value in inputs.lora._asdict().items():
+                layer.get_parameter(name).copy_(value)
+
+
+def build_kernels(cases: Iterable[Case], isas: Iterable[str] | None = None) -> None:
+    """Compile in parallel what the calling tests would otherwise compile one by one."""
+    wanted = usable_isas() if isas is None else list(isas)
+    build([config_of(case, isa) for case in cases for isa in wanted], progress=False)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns, so that a NaN equals itself and 0 differs from -0."""
+    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def different(one: Results, other: Results) -> list[str]:
+    """Names of the results whose bits differ."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not same_bits(one[name], other[name])]
+
+
+def run_python(program: str, timeout: float = 120, **environment: str) -> str:
+    """What ``program`` prints in a fresh interpreter that shares this run's kernel cache.
+
+    Raises:
+        AssertionError: with its stderr, if it failed or hung.
+    """
+    import os
+
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as hung:
+        raise AssertionError(f"did not end within {timeout} s; stderr: {hung.stderr}") from hung
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
+    return done.stdout

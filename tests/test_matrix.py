@@ -1,0 +1,101 @@
+"""Every shape on every instruction set: the output and all gradients against float64, by the yardstick.
+
+The matrix is (hidden, intermediate, padded rank, M_STEP) x instruction set x LoRA dtype. Each cell is a kernel to
+compile: `make test` takes those that differ in code, `make test-slow` the whole product.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import NATIVE, config_of, different, layer_of, usable_isas
+from yardstick import CASES, SMALL_SIZE, Case, check, make_inputs, results_of_layer
+
+from jitmoe import build, plan
+
+CELLS = [(case, isa, m_step) for case in CASES for isa in NATIVE for m_step in plan.M_STEPS[isa]]
+"""Every case of the yardstick on every register block."""
+
+FEW_ROWS_SHAPES = ("small", "medium", "all_ones", "ragged_31", "ragged_65", "no_lora")
+"""Cases that `make test` also runs on the smaller register blocks and the scalar kernels."""
+
+BFLOAT16_LORA_SHAPES = ("medium", "ragged_33")
+"""Cases that `make test` also runs with bfloat16 LoRA, beside the one that has it anyway."""
+
+GROUPS_CASES = [case for case in CASES if case.name in ("small", "ragged_65", "medium")]
+
+
+def cells(with_bfloat16: bool) -> Iterator[pytest.param]:
+    for case, isa, m_step in CELLS:
+        fast = m_step == plan.M_STEPS[isa][-1] and isa != "ref" or case.name in FEW_ROWS_SHAPES
+        if with_bfloat16:
+            if not case.rank or case.lora_dtype == torch.bfloat16:
+                continue
+            fast = fast and case.name in BFLOAT16_LORA_SHAPES and isa != "ref"
+            case = replace(case, lora_dtype=torch.bfloat16)
+        marks = [pytest.mark.isa(isa), *([] if fast else [pytest.mark.slow])]
+        yield pytest.param(case, isa, m_step, marks=marks, id=f"{case}-{isa}-m{m_step}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_built(request: pytest.FixtureRequest) -> None:
+    """Compile in parallel what the selected tests would otherwise compile one by one."""
+    selected = [item.callspec.params for item in request.session.items if item.module is request.module]
+    usable = usable_isas()
+    wanted = [(p["case"], p["isa"], p["m_step"]) for p in selected if "m_step" in p and p["isa"] in usable]
+    build([config_of(case, isa, m_step=m_step) for case, isa, m_step in wanted], progress=False)
+
+
+def check_cell(case: Case, isa: str, m_step: int) -> None:
+    inputs = make_inputs(case)
+    results = results_of_layer(layer_of(inputs, isa, m_step=m_step), inputs)
+    check(results, inputs)
+    again = results_of_layer(layer_of(inputs, isa, m_step=m_step, recompute=True), inputs)
+    assert different(results, again) == [], "recompute=True changed bits"
+
+
+@pytest.mark.parametrize(("case", "isa", "m_step"), cells(with_bfloat16=False))
+def test_shape(case: Case, isa: str, m_step: int) -> None:
+    check_cell(case, isa, m_step)
+
+
+@pytest.mark.parametrize(("case", "isa", "m_step"), cells(with_bfloat16=True))
+def test_shape_with_bfloat16_lora(case: Case, isa: str, m_step: int) -> None:
+    check_cell(case, isa, m_step)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in NATIVE])
+@pytest.mark.parametrize("case", GROUPS_CASES, ids=str)
+def test_cut_into_many_groups(case: Case, isa: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert with more rows than a group holds is cut; only the order of the LoRA gradients' sums may change."""
+    inputs = make_inputs(replace(case, tokens=200))
+    m_step = plan.M_STEPS[isa][0]
+    layer = layer_of(inputs, isa, m_step=m_step, recompute=recompute)
+    whole = results_of_layer(layer, inputs)
+
+    groups = []
+    plan_groups = plan.plan_groups
+
+    def counted(*arguments: object) -> plan.Groups:
+        groups.append(plan_groups(*arguments))
+        return groups[-1]
+
+    monkeypatch.setattr(plan, "GROUP_BYTES", 1)
+    monkeypatch.setattr("jitmoe.experts.plan_groups", counted)
+    cut = results_of_layer(layer, inputs)
+    assert len(groups) == 2, "forward and backward plan once each"
+    for found in groups:
+        assert len(found.bounds) - 1 > case.experts and len(found.segments) > case.experts, "nothing was cut"
+    assert set(different(whole, cut)).isdisjoint({"out", "x", "weights"})
+    check(cut, inputs)
+
+
+def test_the_matrix_has_ragged_and_small_results() -> None:
+    """The kinds of case that the matrix exists for are in it."""
+    assert any(case.hidden % 32 and case.intermediate % 32 and case.rank % 32 for case in CASES)
+    assert any(case.hidden % 2 and case.intermediate % 2 for case in CASES), "an odd last pair"
+    assert any(case.rank > plan.K_STEP for case in CASES)
+    assert any(case.tokens * case.hidden >= SMALL_SIZE for case in CASES)
+    assert {case.lora_dtype for case in CASES} == {torch.float32, torch.bfloat16}

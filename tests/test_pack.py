@@ -1,0 +1,118 @@
+"""Packing: the documented layout, bit for bit there and back, from every kind of source, without a second copy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import case_named, config_of, layer_of, run_python, same_bits, usable_isas
+from safetensors.torch import save_file
+from yardstick import Inputs, make_inputs
+
+from jitmoe import MoELayer, kernels, safetensors_source
+from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
+from jitmoe.pack import Seal, empty_packed, pack_experts, packed_elements, unpack_experts
+from jitmoe.plan import Shape
+
+ISA = usable_isas()[0]
+BASES = ("gate_proj", "up_proj", "down_proj")
+
+
+def any_kernels() -> kernels.Kernels:
+    return kernels.load(Shape(ISA, 64, 96, 32, 14, False))
+
+
+def random_bits(experts: int, out: int, in_: int, seed: int = 0) -> torch.Tensor:
+    """bfloat16 of all 65536 patterns: infinities, denormals and NaNs of every payload and sign among them."""
+    patterns = np.random.default_rng(seed).integers(0, 1 << 16, (experts, out, in_), dtype=np.uint16)
+    return torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
+
+
+def packed_by_formula(matrix: torch.Tensor) -> np.ndarray:
+    """The picture in gemm.hpp as index arithmetic, for one matrix [out, in]; padding is zero."""
+    out, in_ = matrix.shape
+    strips, blocks = -(-out // 32), -(-in_ // 32)
+    padded = np.zeros((strips * 32, blocks * 32), np.int16)
+    padded[:out, :in_] = matrix.view(torch.int16).numpy()
+    # out = (strip, tile, lane), in = (block, pair, half); stored strip, block, tile, pair, lane, half.
+    axes = padded.reshape(strips, 2, 16, blocks, 16, 2)
+    return axes.transpose(0, 3, 1, 4, 2, 5).reshape(-1)
+
+
+SIZES = [(1, 1), (1, 33), (33, 1), (15, 17), (16, 32), (31, 31), (32, 32), (33, 65), (47, 100), (64, 96), (130, 48)]
+
+
+@pytest.mark.parametrize(("out", "in_"), SIZES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layout_and_round_trip(out: int, in_: int, threads: int) -> None:
+    experts = 3
+    source = random_bits(experts, out, in_)
+    packed = empty_packed(experts, out, in_)
+    # What lies there before must not matter: an arena or a reused buffer is not zero.
+    packed.fill_(0x7FC1)
+    address = packed.data_ptr()
+    any_kernels().pack(source.data_ptr(), address, experts, out, in_, threads)
+    for expert in range(experts):
+        np.testing.assert_array_equal(packed[expert].numpy(), packed_by_formula(source[expert]))
+    back = torch.full((experts, out, in_), 7.0, dtype=torch.bfloat16)
+    any_kernels().unpack(address, back.data_ptr(), experts, out, in_, threads)
+    assert same_bits(back, source)
+
+
+@pytest.mark.parametrize(("out", "in_"), SIZES)
+def test_packed_elements_is_what_the_formula_fills(out: int, in_: int) -> None:
+    assert packed_elements(out, in_) == packed_by_formula(random_bits(1, out, in_)[0]).size
+
+
+def test_every_instruction_set_packs_alike() -> None:
+    source = random_bits(2, 33, 47)
+    results = []
+    for isa in usable_isas():
+        packed = empty_packed(2, 33, 47)
+        pack_experts(kernels.load(Shape(isa, 64, 96, 32, {"avx2": 6}.get(isa, 14), False)), "w", source, packed, 33, 47)
+        results.append(packed)
+    assert all(same_bits(results[0], packed) for packed in results[1:])
+
+
+def sources_of(inputs: Inputs, folder: Path) -> dict[str, Callable[[str], object]]:
+    """Ways to hand the same base over, by name; each takes the name of a projection."""
+    stacked, single = folder / "stacked.safetensors", folder / "single.safetensors"
+    tensors = {name: getattr(inputs, name) for name in BASES}
+    save_file(tensors, stacked)
+    save_file({f"layers.0.{e}.{n}": t[e].clone() for n, t in tensors.items() for e in range(len(t))}, single)
+    return {
+        "tensor": lambda name: tensors[name],
+        "strided tensor": lambda name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2),
+        "parameter": lambda name: torch.nn.Parameter(tensors[name]),
+        "list": lambda name: list(tensors[name]),
+        "function": lambda name: tensors[name].__getitem__,
+        "stacked file": lambda name: safetensors_source(stacked, name),
+        "file per expert": lambda name: safetensors_source(str(single), f"layers.0.{{expert}}.{name}"),
+    }
+
+
+@pytest.mark.parametrize("kind", sources_of(make_inputs(case_named("all_ones")), Path("/tmp")) if False else [
+    "tensor", "strided tensor", "parameter", "list", "function", "stacked file", "file per expert",
+])
+def test_sources(kind: str, tmp_path: Path) -> None:
+    inputs = make_inputs(case_named("ragged_31"))
+    source = sources_of(inputs, tmp_path)[kind]
+    layer = MoELayer(config_of(inputs.case, ISA), *(source(name) for name in BASES))
+    unpacked = layer.unpack()
+    assert list(unpacked) == list(BASES)
+    for name in BASES:
+        assert same_bits(unpacked[name], getattr(inputs, name)), name
+    assert not any(parameter.data_ptr() in {t.data_ptr() for t in unpacked.values()} for parameter in layer.parameters())
+
+
+def test_a_function_is_asked_once_per_expert_in_order() -> None:
+    inputs = make_inputs(case_named("ragged_31"))
+    asked: list[int] = []
+
+    def gate(expert: int) -> torch.Tensor:
+        asked.append(expert)
+        return inputs.gate_proj[expert]
+
+    MoELayer(config_of(inputs.case, ISA), gate, inputs.up_proj, inputs.down_proj)
+    assert asked == list(range(inputs.case.experts))
