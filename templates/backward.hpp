@@ -51,10 +51,11 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     float* acts = scratch.strip(1, segment.rows);
     float* gates = scratch.strip(2, segment.rows);
     float* ups = scratch.strip(3, segment.rows);
-    const bf16* weights = call.down_weights + segment.expert * packed_elements(S.hidden, S.intermediate);
+    const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
+    const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
     clear(out, segment.rows);
-    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden,
-                   ceil_div(S.intermediate, kKStep), weights + strip * kBlockElements, out, scratch.weights);
+    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights, out,
+                   scratch.weights);
     Gemm::settle(out, segment.rows);
     if (call.rank)
       add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
@@ -126,14 +127,16 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                               call.row_weight + block.row);
   }
 
-  void x_grad(const Segment& segment, int64_t strip) const {
+  void x_grad(const Segment& segment, int64_t next_expert, int64_t strip) const {
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.hidden - column);
     if (call.sums) {
       float* sum = scratch.strip(0, segment.rows);
       clear(sum, segment.rows);
-      add_base(call.gate_panel, call.gate_weights, segment, strip, sum);
-      add_base(call.up_panel, call.up_weights, segment, strip, sum);
+      const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
+      const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
+      add_base(segment, call.gate_panel, gate, up, sum);
+      add_base(segment, call.up_panel, up, this->gate_strip(next_expert, 0) + strip * kBlockElements, sum);
       Gemm::settle(sum, segment.rows);
       if (call.rank) {
         const RowBlocks blocks(segment.rows, S.m_step);
@@ -147,10 +150,10 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     if (wants_lora()) add_hidden_grads(segment, column, columns);
   }
 
-  void add_base(void* panel, const bf16* weights, const Segment& segment, int64_t strip, float* sum) const {
-    const bf16* expert = weights + segment.expert * packed_elements(S.intermediate, S.hidden);
-    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate,
-                   ceil_div(S.hidden, kKStep), expert + strip * kBlockElements, sum, scratch.weights);
+  void add_base(const Segment& segment, void* panel, const bf16* blocks, const bf16* next, float* sum) const {
+    const Weights weights{blocks, next, packed_elements(kStrip, S.hidden)};
+    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights, sum,
+                   scratch.weights);
   }
 
   // Gradients of the three parameters that have H as an axis.
@@ -187,7 +190,9 @@ void backward_group(const Call& call, const Group& group, const ThreadScratch& s
   for_each_segment_strip(group, S.intermediate,
                          [&](const Segment& segment, int64_t strip) { steps.act_grad(segment, strip); });
   for_each_block<S>(group, [&](const Block& block) { steps.low_grads(block); });
-  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t strip) { steps.x_grad(segment, strip); });
+  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t next_expert, int64_t strip) {
+    steps.x_grad(segment, next_expert, strip);
+  });
 }
 
 template <Shape S, class Gemm>

@@ -23,8 +23,17 @@ struct ForwardSteps {
   float* low_rows(float* base, int64_t row) const { return base + (row - group.first_row) * call.rank; }
   float scale() const { return static_cast<float>(call.scale); }
 
-  static const bf16* strip_of(const bf16* weights, int64_t expert, int64_t out, int64_t in, int64_t strip) {
-    return weights + expert * packed_elements(out, in) + strip * packed_elements(kStrip, in);
+  const bf16* gate_strip(int64_t expert, int64_t strip) const {
+    return call.gate_weights + strip_offset(expert, S.intermediate, S.hidden, strip);
+  }
+  const bf16* up_strip(int64_t expert, int64_t strip) const {
+    return call.up_weights + strip_offset(expert, S.intermediate, S.hidden, strip);
+  }
+  const bf16* down_strip(int64_t expert, int64_t strip) const {
+    return call.down_weights + strip_offset(expert, S.hidden, S.intermediate, strip);
+  }
+  static int64_t strip_offset(int64_t expert, int64_t out, int64_t in, int64_t strip) {
+    return expert * packed_elements(out, in) + strip * packed_elements(kStrip, in);
   }
   Lora gate_a(int64_t expert) const { return {call.gate_lora_a, expert, call.rank, S.hidden}; }
   Lora gate_b(int64_t expert) const { return {call.gate_lora_b, expert, S.intermediate, call.rank}; }
@@ -52,27 +61,28 @@ struct ForwardSteps {
                             low(call.up_low, block.index), up_rows, nullptr);
   }
 
-  // strip = [x | u] . [W | B]^T for 32 outputs.
-  void project(void* x_panel, const bf16* weights, int64_t out, int64_t in, float* low_panel, Lora b,
-               const Segment& segment, int64_t strip, float* result) const {
+  // result = [x | u] . [W | B]^T for 32 columns of `out`.
+  void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel, Lora b,
+               int64_t column, int64_t out, float* result) const {
     clear(result, segment.rows);
-    Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in,
-                  strip_of(weights, segment.expert, out, in, strip), result, scratch.weights);
+    Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in, weights, result, scratch.weights);
     if (call.rank)
-      add_low_rank<S, Gemm>(low(low_panel, segment.block), RowBlocks(segment.rows, S.m_step),
-                            call.rank, b.along_rows(), strip * kStrip, smaller(kStrip, out - strip * kStrip), result,
-                            scratch.weights);
+      add_low_rank<S, Gemm>(low(low_panel, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
+                            b.along_rows(), column, smaller(kStrip, out - column), result, scratch.weights);
   }
 
   // Gate and up of 32 columns; their activation goes into act_panel, their values where `gate` and `up`
   // point (row 0 is the segment's first), each only where wanted.
   void gate_up(const Segment& segment, int64_t strip, bf16* gate, bf16* up, void* act_panel) const {
+    const int64_t expert = segment.expert;
+    const Weights gate_weights{gate_strip(expert, strip), up_strip(expert, strip), kBlockElements};
+    const Weights up_weights{up_strip(expert, strip), gate_strip(expert, strip + 1), kBlockElements};
     float* gates = scratch.strip(0, segment.rows);
     float* ups = scratch.strip(1, segment.rows);
-    project(call.x_panel, call.gate_weights, S.intermediate, S.hidden, call.gate_low, gate_b(segment.expert), segment,
-            strip, gates);
-    project(call.x_panel, call.up_weights, S.intermediate, S.hidden, call.up_low, up_b(segment.expert), segment,
-            strip, ups);
+    project(segment, call.x_panel, S.hidden, gate_weights, call.gate_low, gate_b(expert), strip * kStrip,
+            S.intermediate, gates);
+    project(segment, call.x_panel, S.hidden, up_weights, call.up_low, up_b(expert), strip * kStrip, S.intermediate,
+            ups);
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     if (gate) {
@@ -104,10 +114,11 @@ struct ForwardSteps {
   }
 
   // 32 columns of down, added to the sums of the tokens with the routing weights.
-  void down(const Segment& segment, int64_t strip) const {
+  void down(const Segment& segment, int64_t next_expert, int64_t strip) const {
+    const Weights weights{down_strip(segment.expert, strip), down_strip(next_expert, strip), kBlockElements};
     float* result = scratch.strip(0, segment.rows);
-    project(call.act_panel, call.down_weights, S.hidden, S.intermediate, call.down_low, down_b(segment.expert),
-            segment, strip, result);
+    project(segment, call.act_panel, S.intermediate, weights, call.down_low, down_b(segment.expert), strip * kStrip,
+            S.hidden, result);
     add_to_tokens(segment, strip, result, 1);
   }
 
@@ -129,7 +140,9 @@ void forward_group(const Call& call, const Group& group, const ThreadScratch& sc
     steps.gate_up(segment, strip, gate, up, call.act_panel);
   });
   if (call.rank) for_each_block<S>(group, [&](const Block& block) { steps.down_low(block); });
-  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t strip) { steps.down(segment, strip); });
+  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t next_expert, int64_t strip) {
+    steps.down(segment, next_expert, strip);
+  });
 }
 
 template <Shape S, class Gemm>

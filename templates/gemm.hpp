@@ -27,7 +27,7 @@
 //                                                           -> one row block
 //   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a block
 //   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
-//   backward(panel, rows, n, blocks, weights, strip, scratch)   strip += panel [rows, n] . W[n, 32 inputs]
+//   backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
 //   settle(strip, rows)                                     columns of a backward strip into natural order
 //   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
 //   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
@@ -54,6 +54,41 @@ struct RowBlocks {
   RowBlocks(int64_t rows, int64_t m_step) : rows(rows), count(ceil_div(rows, m_step)) {}
   int64_t begin(int64_t block) const { return block * rows / count; }
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// The packed blocks of 2 KB that one product contracts over, `stride` elements apart: neighbours in forward, one of
+// each strip in backward. `next` is the first block of the product that this thread will do after it.
+struct Weights {
+  const bf16* blocks;
+  const bf16* next;
+  int64_t stride;
+  const bf16* block(int64_t index) const { return blocks + index * stride; }
+};
+
+// Brings the next chunk of weights into the L2 cache while the row blocks sweep over the present one: for
+// each block that a sweep reads it fetches the block of the next chunk at the same place, in full where
+// there is one sweep, else a part in each of the first two or four.
+class Ahead {
+ public:
+  Ahead(const Weights& weights, int64_t first_block, int64_t chunk_blocks, int64_t all_blocks, int64_t sweeps)
+      : chunk_(first_block + chunk_blocks < all_blocks ? weights.block(first_block + chunk_blocks) : weights.next),
+        stride_(weights.stride),
+        parts_(sweeps >= 4 ? 4 : sweeps >= 2 ? 2 : 1) {}
+
+  void fetch(int64_t sweep, int64_t block) const {
+    if (!chunk_ || sweep >= parts_) return;
+    const int64_t elements = kBlockElements / parts_;
+    const bf16* from = chunk_ + block * stride_ + sweep * elements;
+    for (int64_t i = 0; i < elements; i += kLine) prefetch_to_l2(from + i);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(bf16);
+  // Not the builtin: GCC 12 takes a function of nothing but prefetches for one without effect, and drops the call.
+  static void prefetch_to_l2(const bf16* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+  const bf16* chunk_;
+  int64_t stride_;
+  int64_t parts_;
 };
 
 // A LoRA matrix read as [k, rank], whichever of the two is contiguous.

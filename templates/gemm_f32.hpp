@@ -25,7 +25,7 @@ struct GemmF32 {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kWidth = 2 * kLanes;    // columns of one register block
   static constexpr int64_t kDirectBlocks = 2;  // row blocks up to which the weights are expanded in registers
-  static constexpr int64_t kFetchSweeps = 4;   // sweeps that together prefetch one chunk, a line every 4 k
+  static constexpr int64_t kChunkBlocks = kChunk / kKStep;
   static_assert(S.m_step <= kLanes, "a row block must fit the lanes of one vector");
 
   static int64_t block_elements(int64_t k) { return S.m_step * k; }
@@ -56,39 +56,21 @@ struct GemmF32 {
     }
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip,
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
                       float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
-    if (blocks.count <= kDirectBlocks) {
-      for (int64_t b = 0; b < blocks.count; ++b)
-        with_rows(blocks.size(b), [&]<int R>() {
-          direct<R>(panel + b * block_elements(k), weights, k, strip + blocks.begin(b) * kStrip);
-        });
-    } else {
-      for (int64_t first = 0; first < k; first += kChunk) {
-        const int64_t count = smaller(kChunk, k - first);
-        const bf16* source = weights + first * kStrip;
-        for (int64_t i = 0; i < count; i += kKStep) expand(source + i * kStrip, scratch + i * kStrip);
-        sweep(panel, blocks, k, first, count, source + kChunk * kStrip, scratch, strip);
-      }
-    }
+    if (blocks.count > kDirectBlocks)
+      return chunked(panel, blocks, k, weights, strip, scratch, expand);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      with_rows(blocks.size(b), [&]<int R>() {
+        direct<R>(panel + b * block_elements(k), weights.blocks, k, strip + blocks.begin(b) * kStrip);
+      });
   }
 
   // The strip is left in the lane order of the expanded panel: even columns, then odd; see settle().
-  static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
-                       float* strip, float* scratch) {
-    const RowBlocks blocks(rows, S.m_step);
-    const int64_t stride = k_blocks * kBlockElements;
-    for (int64_t first = 0; first < n; first += kChunk) {
-      const int64_t count = smaller(kChunk, n - first);
-      for (int64_t i = 0; i < count; i += kStrip) {
-        const bf16* block = weights + (first + i) / kStrip * stride;
-        if (first + i + kChunk < n) prefetch_block(block + kChunk / kStrip * stride);
-        transpose_expand(block, scratch + i * kStrip);
-        transpose_expand(block + kTileElements, scratch + (i + kTile) * kStrip);
-      }
-      sweep(panel, blocks, n, first, count, nullptr, scratch, strip);
-    }
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
+                       float* scratch) {
+    chunked(panel, RowBlocks(rows, S.m_step), n, weights, strip, scratch, transpose_expand);
   }
 
   static void settle(float* strip, int64_t rows) {
@@ -113,7 +95,7 @@ struct GemmF32 {
     for (int64_t row = 0; row < rows; row += S.m_step)
       with_rows(smaller(S.m_step, rows - row), [&]<int R>() {
         for (int64_t column = 0; column < kStrip; column += kWidth)
-          accumulate<R>(a + row, a_stride, b + column, k, nullptr, c + row * kStrip + column);
+          accumulate<R>(a + row, a_stride, b + column, k, c + row * kStrip + column, [](int64_t) {});
       });
   }
 
@@ -143,30 +125,36 @@ struct GemmF32 {
     }
   }
 
-  static void prefetch_block(const bf16* block) {
-    for (int64_t i = 0; i < kBlockElements; i += 32) V::prefetch(block + i);
-  }
-
  private:
-  // All row blocks over one expanded chunk, while the next chunk of weights comes into the cache.
-  static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first, int64_t count,
-                    const bf16* next, const float* scratch, float* strip) {
-    for (int64_t b = 0; b < blocks.count; ++b)
-      with_rows(blocks.size(b), [&]<int R>() {
-        const bf16* ahead = next && b < kFetchSweeps ? next + b * count * 8 : nullptr;
-        for (int64_t column = 0; column < kStrip; column += kWidth)
-          accumulate<R>(panel + b * block_elements(k) + first * S.m_step, S.m_step, scratch + column, count, ahead,
-                        strip + blocks.begin(b) * kStrip + column);
-      });
+  // Chunk by chunk of the contraction: expand the weights once, sweep all row blocks over them.
+  static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights, float* strip,
+                      float* scratch, void (*fill)(const bf16*, float*)) {
+    const int64_t all = ceil_div(k, kKStep);
+    for (int64_t first = 0; first < all; first += kChunkBlocks) {
+      const int64_t count = smaller(kChunkBlocks, all - first);
+      for (int64_t i = 0; i < count; ++i) fill(weights.block(first + i), scratch + i * kBlockElements);
+      const Ahead ahead(weights, first, kChunkBlocks, all, blocks.count);
+      for (int64_t b = 0; b < blocks.count; ++b)
+        with_rows(blocks.size(b), [&]<int R>() {
+          const float* a = panel + b * block_elements(k) + first * kKStep * S.m_step;
+          for (int64_t column = 0; column < kStrip; column += kWidth)
+            accumulate<R>(a, S.m_step, scratch + column, smaller(count * kKStep, k - first * kKStep),
+                          strip + blocks.begin(b) * kStrip + column, [&](int64_t block) {
+                            if (column == 0) ahead.fetch(b, block);
+                          });
+        });
+    }
   }
 
-  template <int R>
-  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, const bf16* next, float* c) {
+  // One register block; fetch(i) is called before the i-th 32 steps.
+  template <int R, class Fetch>
+  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, Fetch&& fetch) {
     Float sum[R][2];
     load_sums<R>(c, sum);
-    for (int64_t i = 0; i < k; ++i) {
-      if (next && i % 4 == 0) V::prefetch(next + i * 8);
-      fma_row<R>(a + i * a_stride, V::load(b + i * kStrip), V::load(b + i * kStrip + kLanes), sum);
+    for (int64_t first = 0; first < k; first += kKStep) {
+      fetch(first / kKStep);
+      for (int64_t i = first; i < smaller(first + kKStep, k); ++i)
+        fma_row<R>(a + i * a_stride, V::load(b + i * kStrip), V::load(b + i * kStrip + kLanes), sum);
     }
     store_sums<R>(c, sum);
   }
@@ -230,13 +218,14 @@ struct GemmF32 {
       }
   }
 
-  // One tile read along its outputs: a transpose of its 32-bit pairs gives, for each output, its 32
-  // inputs; low halves are the even inputs, high halves the odd ones.
-  static void transpose_expand(const bf16* tile, float* panel) {
-    for (int64_t pair = 0; pair < kTile; pair += kLanes)
-      for (int64_t out = 0; out < kTile; out += kLanes) {
+  // One packed block read along its outputs: a transpose of the 32-bit pairs of a tile gives, for each
+  // output, its 32 inputs; low halves are the even inputs, high halves the odd ones.
+  static void transpose_expand(const bf16* block, float* panel) {
+    for (int64_t out = 0; out < kStrip; out += kLanes)
+      for (int64_t pair = 0; pair < kTile; pair += kLanes) {
+        const bf16* tile = block + out / kTile * kTileElements + out % kTile * 2;
         Bits pairs[kLanes];
-        for (int i = 0; i < kLanes; ++i) pairs[i] = V::load_bits(tile + (pair + i) * kKStep + out * 2);
+        for (int i = 0; i < kLanes; ++i) pairs[i] = V::load_bits(tile + (pair + i) * kKStep);
         V::transpose(pairs);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {

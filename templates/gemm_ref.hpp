@@ -10,10 +10,10 @@ struct GemmRef {
   using Operand = float;
   static int64_t block_elements(int64_t k) { return S.m_step * k; }
 
-  static float weight(const bf16* weights, int64_t blocks, int64_t out, int64_t in) {
-    const bf16* block = weights + (out / kStrip * blocks + in / kKStep) * kBlockElements;
-    const bf16* tile = block + out % kStrip / kTile * kTileElements;
-    return to_float(tile[in % kKStep / 2 * kKStep + out % kTile * 2 + in % 2]);
+  // W[out, in] of one packed block.
+  static float weight(const bf16* block, int64_t out, int64_t in) {
+    const bf16* tile = block + out / kTile * kTileElements;
+    return to_float(tile[in / 2 * kKStep + out % kTile * 2 + in % 2]);
   }
 
   static void pack_rows(const bf16* rows, int64_t stride, int64_t count, int64_t k, Operand* block) {
@@ -28,25 +28,26 @@ struct GemmRef {
       for (int64_t c = 0; c < columns; ++c) block[row * k + column + c] = strip[row * kStrip + c];
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const bf16* weights, float* strip, float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
+                      float*) {
     const RowBlocks blocks(rows, S.m_step);
     for (int64_t b = 0; b < blocks.count; ++b)
       for (int64_t row = 0; row < blocks.size(b); ++row)
         for (int64_t c = 0; c < kStrip; ++c)
           for (int64_t i = 0; i < k; ++i)
             strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[b * block_elements(k) + row * k + i] * weight(weights, ceil_div(k, kKStep), c, i);
+                panel[b * block_elements(k) + row * k + i] * weight(weights.block(i / kKStep), c, i % kKStep);
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, int64_t k_blocks, const bf16* weights,
-                       float* strip, float*) {
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
+                       float*) {
     const RowBlocks blocks(rows, S.m_step);
     for (int64_t b = 0; b < blocks.count; ++b)
       for (int64_t row = 0; row < blocks.size(b); ++row)
         for (int64_t c = 0; c < kStrip; ++c)
           for (int64_t i = 0; i < n; ++i)
             strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[b * block_elements(n) + row * n + i] * weight(weights, k_blocks, i, c);
+                panel[b * block_elements(n) + row * n + i] * weight(weights.block(i / kStrip), i % kStrip, c);
   }
 
   static void settle(float*, int64_t) {}

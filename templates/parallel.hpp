@@ -45,19 +45,23 @@ void for_each_block(const Group& group, F&& f) {
   for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
 }
 
+inline constexpr int kNeighbours = 4;  // strips in a row for one thread, so that what it prefetches is its own
+
 template <class F>
 void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
   const int64_t strips = ceil_div(columns, kStrip);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, kNeighbours)
   for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
 }
 
-// A strip of token sums belongs to one thread, which walks the experts in ascending order.
+// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, expert of the
+// segment that follows, strip).
 template <class F>
 void for_each_strip(const Group& group, int64_t columns, F&& f) {
 #pragma omp for schedule(dynamic)
   for (int64_t strip = 0; strip < ceil_div(columns, kStrip); ++strip)
-    for (int64_t s = 0; s < group.count; ++s) f(group.segments[s], strip);
+    for (int64_t s = 0; s < group.count; ++s)
+      f(group.segments[s], group.segments[smaller(s + 1, group.count - 1)].expert, strip);
 }
 
 // This thread's part of the per-thread buffers.
