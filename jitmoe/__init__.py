@@ -1,9 +1,27 @@
 """jitmoe: a Mixture-of-Experts layer for fine-tuning on CPUs, with kernels compiled for your model's shapes."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from jitmoe.build import build
 from jitmoe.config import MoEConfig
-from jitmoe.layer import MoELayer
-from jitmoe.pack import safetensors_source
+
+if TYPE_CHECKING:
+    from jitmoe.layer import MoELayer
+    from jitmoe.pack import safetensors_source
 
 __all__ = ["MoEConfig", "MoELayer", "build", "safetensors_source"]
 __version__ = "0.1.0"
+
+_NEED_TORCH = {"MoELayer": "jitmoe.layer", "safetensors_source": "jitmoe.pack"}
+"""Loaded at first use: the command line works, and says so, where torch is missing or slow to load."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    raise AttributeError(f"module 'jitmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

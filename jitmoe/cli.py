@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(_command(commands, "build", _build, "compile the kernels of a config into the cache"))
     _add_config_options(_command(commands, "show", _show, "print the plan, keys and generated C++ of a config"))
 
+    _add_bench_options(
+        _command(commands, "bench", _bench, "measure the layer beside this machine's ceilings and peers")
+    )
+    _add_estimate_options(
+        _command(commands, "estimate", _estimate, "print how much memory a model's experts will take")
+    )
+
     store = _command(commands, "cache", None, "where compiled kernels are kept")
     actions = store.add_subparsers(title="actions", required=True, metavar="ACTION")
     _command(actions, "path", _cache_path, "print the cache directory")
@@ -97,10 +104,52 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(arguments: argparse.Namespace) -> MoEConfig:
-    """The config of ``--config`` and the options, options first."""
+def _add_estimate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, nargs="?", metavar="config.json", help="of a transformers model")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="T, tokens of one call; default 4096")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers with experts; default: the model's, or 1")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of a call; default: all CPUs")
+    parser.add_argument("--inference", action="store_true", help="no gradients, optimizer and saved tensors")
+    parser.add_argument(
+        "--recompute",
+        action="store_const",
+        const=True,
+        default=argparse.SUPPRESS,
+        help="save nothing for backward and compute gate and up again there",
+    )
+    _add_config_options(parser)
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1 W2 W2z W3 W4 W5; default W1 W2 W3")
+    sizes = parser.add_argument_group("own sizes", "instead of a named workload")
+    for option in ("num-experts", "hidden-size", "intermediate-size", "top-k", "lora-rank", "tokens"):
+        sizes.add_argument(f"--{option}", type=int, metavar="N")
+    sizes.add_argument("--zipf", action="store_true", help="skewed routing: the n-th most popular expert has odds 1/n")
+    parser.add_argument("--lora-dtype", choices=LORA_DTYPES, default="float32", help="of our LoRA parameters")
+    parser.add_argument("--isa", default="auto", metavar="NAMES", help="comma-separated instruction sets; default auto")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
+    parser.add_argument(
+        "--peers",
+        default="all",
+        metavar="NAMES",
+        help="all, none, or some of torch-bf16,torch-f32,grouped-bf16,grouped-f32,transformers,peft; "
+        "peft takes minutes and is not in all",
+    )
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds; figures are medians of them")
+    parser.add_argument("--quick", action="store_true", help="quarter H and I, half the points of a sweep")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--phases", action="store_true", help="show where the time of a call of our layer goes")
+    mode.add_argument("--sweep", choices=("tokens", "experts", "rank", "threads"), help="cost along one axis")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: the roofline, or the sweep")
+
+
+def _config(arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> MoEConfig:
+    """The config of ``--config`` and the options, options first, ``defaults`` last."""
     known = {field.name for field in dataclasses.fields(MoEConfig)}
-    fields = {} if arguments.config is None else _read_fields(arguments.config, known)
+    fields = dict(defaults or {})
+    fields |= {} if arguments.config is None else _read_fields(arguments.config, known)
     fields |= {name: value for name, value in vars(arguments).items() if name in known}
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     if missing:
@@ -136,6 +185,24 @@ def _show(arguments: argparse.Namespace) -> int:
         instance = render.render(shape)
         print(f"\nkernel    {shape.name}\nshape     {shape}\nkey       {instance_key(instance, compiler, headers)}\n")
         print(instance.text)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    # Imported here: the other commands need none of what it imports.
+    from jitmoe.bench import command
+
+    return command.run(arguments)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from jitmoe.estimate import Load, estimate, read_model
+
+    model = None if arguments.model is None else read_model(arguments.model)
+    config = _config(arguments, model.fields if model else None)
+    layers = arguments.layers or (model.layers if model else 1)
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    print(estimate(Load(config, arguments.tokens, layers, threads, training=not arguments.inference)))
     return 0
 
 

@@ -47,3 +47,7 @@ class CacheSecurityError(JitmoeError, RuntimeError):
 
 class KernelError(JitmoeError, RuntimeError):
     """A compiled kernel refused a call; the status it returned is in the message."""
+
+
+class BenchError(JitmoeError, RuntimeError):
+    """A benchmark would have measured something other than what it says."""

@@ -1,6 +1,7 @@
 """Compiled kernels as Python functions; the only module that speaks ctypes."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ class Kernels:
 def load(shape: Shape) -> Kernels:
     """Kernels of ``shape``, compiled at first use and kept for the life of the process."""
     return Kernels(ensure(render(shape)))
+
+
+def number_function(path: Path, name: str, arguments: int) -> Callable[..., float]:
+    """``double name(int64_t, ...)`` with that many arguments, from the library at ``path``; runs without the GIL."""
+    function: Callable[..., float] = getattr(ctypes.CDLL(str(path)), name)
+    function.argtypes = [ctypes.c_int64] * arguments  # type: ignore[attr-defined]
+    function.restype = ctypes.c_double  # type: ignore[attr-defined]
+    return function
 
 
 def _function(library: ctypes.CDLL, name: str, argtypes: list[Any]) -> Any:

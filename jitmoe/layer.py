@@ -1,6 +1,7 @@
 """The layer that users see: a normal ``nn.Module`` around the experts."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from jitmoe import kernels
-from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction
+from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction, versions_of
 from jitmoe.config import MoEConfig
 from jitmoe.cpu import resolve_isa
 from jitmoe.errors import InputError, InputTypeError
@@ -18,6 +19,14 @@ from jitmoe.route import route
 
 PROJECTIONS = ("gate", "up", "down")
 FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _compute_alone() -> None:
+    torch.set_num_threads(1)
+
+
+# A forked child has none of its parent's OpenMP threads, and torch's own functions wait for them for ever.
+os.register_at_fork(after_in_child=_compute_alone)
 
 
 class MoELayer(nn.Module):
@@ -101,7 +110,7 @@ class MoELayer(nn.Module):
         lora = self._lora()
         context = self._context(topk_ids.reshape(-1, top_k), x, weights, lora)
         out: torch.Tensor = MoEFunction.apply(
-            context, x.reshape(-1, hidden).contiguous(), weights.reshape(-1, top_k), *lora
+            context, x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k), *lora
         )
         return out.reshape(x.shape)
 
@@ -131,7 +140,7 @@ class MoELayer(nn.Module):
         lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
         plan = plan_kernels(self.config, self.isa, lora_dtype)
         shape = plan.select(routed.row_token.size, routed.active.size)
-        return CallContext(self.config, shape, routed, packed, saves)
+        return CallContext(self.config, shape, routed, packed, versions_of(packed), saves)
 
     def _lora(self) -> list[torch.Tensor]:
         """The LoRA parameters as dense tensors, checked: they may have been cast or moved since."""
@@ -140,7 +149,9 @@ class MoELayer(nn.Module):
         lora = [getattr(self, name) for name in LORA_NAMES]
         for name, tensor in zip(LORA_NAMES, lora, strict=True):
             if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
-                raise InputTypeError(f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}")
+                raise InputTypeError(
+                    f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
+                )
             if tensor.device.type != "cpu" or tuple(tensor.shape) != self._lora_shape(name):
                 raise InputError(
                     f"{name} must be a CPU tensor of shape {list(self._lora_shape(name))}, "
@@ -149,7 +160,13 @@ class MoELayer(nn.Module):
         return [tensor.contiguous() for tensor in lora]
 
     def _packed(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, f"packed_{name}") for name in PROJECTIONS}
+        packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in PROJECTIONS}
+        for name, tensor in packed.items():
+            if tensor.device.type != "cpu":
+                raise InputError(
+                    f"the packed {name} weights are on {tensor.device}; the layer computes on the CPU only"
+                )
+        return packed
 
     def _any_kernels(self) -> kernels.Kernels:
         """Some instance: packing is the same in all of them."""
@@ -185,7 +202,7 @@ class MoELayer(nn.Module):
             error_msgs.append(str(error))
             return
         for key, name in present.items():
-            packed = getattr(self, f"packed_{name}")
+            packed = self._packed()[name]
             pack_experts(self._any_kernels(), key, state_dict[key], packed, *self._extent(name))
             self._seal.close(name, packed)
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import increment_version
 
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
+from jitmoe.experts import usable_threads
 from jitmoe.kernels import Kernels
 from jitmoe.plan import K_STEP, N_STRIP, ceil_div
 from jitmoe.workspace import allocate
@@ -24,7 +26,8 @@ def packed_elements(out: int, in_: int) -> int:
 def empty_packed(experts: int, out: int, in_: int) -> torch.Tensor:
     """Room for ``experts`` packed matrices, int16 [E, packed_elements]: bits that ``.to(dtype)`` leaves alone."""
     pages = allocate(experts * packed_elements(out, in_) * 2)
-    return torch.from_numpy(pages).view(torch.int16).view(experts, -1)
+    with torch.inference_mode(False):  # an inference tensor counts no versions, which the seal reads
+        return torch.from_numpy(pages).view(torch.int16).view(experts, -1)
 
 
 def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torch.Tensor, out: int, in_: int) -> None:
@@ -47,18 +50,20 @@ def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torc
         check_base(name, source, (experts, out, in_))
     elif not callable(source) and len(source) != experts:
         raise InputError(f"{name} has {len(source)} matrices, expected one for each of {experts} experts")
+    if not packed.is_inference():
+        increment_version(packed)  # the kernel writes behind torch's back; before, as a source may fail halfway
     for expert in range(experts):
         matrix = source(expert) if callable(source) else source[expert]
         check_base(f"{name}[{expert}]", matrix, (out, in_))
         matrix = matrix.detach().contiguous()
-        kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, torch.get_num_threads())
+        kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, usable_threads(torch.get_num_threads()))
 
 
 def unpack_experts(kernels: Kernels, packed: torch.Tensor, out: int, in_: int) -> torch.Tensor:
     """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed."""
     experts = packed.shape[0]
-    result = torch.empty(experts, out, in_, dtype=torch.bfloat16)
-    kernels.unpack(packed.data_ptr(), result.data_ptr(), experts, out, in_, torch.get_num_threads())
+    result = torch.empty(experts, out, in_, dtype=torch.bfloat16, device="cpu")
+    kernels.unpack(packed.data_ptr(), result.data_ptr(), experts, out, in_, usable_threads(torch.get_num_threads()))
     return result
 
 
@@ -74,6 +79,11 @@ def check_base(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
 
 
+def version_of(packed: torch.Tensor) -> int:
+    """How often torch has seen ``packed`` written to; an inference tensor, as in a copy made there, counts nothing."""
+    return 0 if packed.is_inference() else packed._version
+
+
 class Seal:
     """Notices writes to packed weights through torch's version counter of each tensor."""
 
@@ -82,14 +92,14 @@ class Seal:
 
     def close(self, name: str, packed: torch.Tensor) -> None:
         """Take the present contents of ``packed`` as the right ones."""
-        self._seen[name] = (packed.data_ptr(), packed._version)
+        self._seen[name] = (packed.data_ptr(), version_of(packed))
 
     def check(self, name: str, packed: torch.Tensor) -> None:
         """Raise :class:`WeightsChangedError` if ``packed`` was written to; a copy elsewhere is sealed anew."""
         address, version = self._seen.get(name, (0, 0))
         if address != packed.data_ptr():
             self.close(name, packed)
-        elif version != packed._version:
+        elif version != version_of(packed):
             raise WeightsChangedError(
                 f"the packed {name} weights were written to; they are frozen. Load new ones with load_state_dict()"
             )
@@ -111,10 +121,7 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
     def read(expert: int) -> torch.Tensor:
         with safe_open(str(path), framework="pt") as file:
             matrix: torch.Tensor
-            if "{expert}" in name:
-                matrix = file.get_tensor(name.format(expert=expert))
-            else:
-                matrix = file.get_slice(name)[expert]
+            matrix = file.get_tensor(name.format(expert=expert)) if "{expert}" in name else file.get_slice(name)[expert]
         return matrix
 
     return read

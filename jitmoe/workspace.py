@@ -1,6 +1,7 @@
 """Memory of the process: one arena for scratch, grown on demand and shared by all layers."""
 
 import mmap
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,13 @@ class Arenas:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._free: list[npt.NDArray[np.uint8]] = []
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        """At birth and in a forked child, where a thread that held the lock in the parent does not exist."""
+        self._lock = threading.Lock()
 
     @contextmanager
     def lease(self, nbytes: int) -> Iterator[int]:

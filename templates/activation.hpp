@@ -1,4 +1,5 @@
-// silu and its derivative on strips, as plain loops of 32 that the compiler turns into vectors.
+// silu and its derivative, written for loops over strips that the compiler turns into vectors. A call that it
+// chose not to inline would leave the loop scalar (29 cycles an element instead of 2): hence always_inline.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -9,7 +10,7 @@ namespace jitmoe {
 
 // e^x to about 1 ulp over the whole range: x = n ln 2 + f, |f| <= ln 2 / 2, a degree-6 polynomial for e^f
 // (Cephes expf), and 2^n applied in two halves so that results near overflow and underflow come out right.
-inline float exponential(float x) {
+[[gnu::always_inline]] inline float exponential(float x) {
   x = x > 89.0f ? 89.0f : x;  // beyond the largest float32; comparisons let a NaN through
   x = x < -104.0f ? -104.0f : x;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
@@ -30,10 +31,10 @@ inline float exponential(float x) {
   return p * first * second;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+[[gnu::always_inline]] inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // x / (1 + e^-x), as torch computes it: -inf gives NaN, +inf gives +inf.
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+[[gnu::always_inline]] inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
 struct Activation {
   float a;        // silu(gate) * up
@@ -41,7 +42,7 @@ struct Activation {
   float by_up;    // da / dup
 };
 
-inline Activation activate(float gate, float up) {
+[[gnu::always_inline]] inline Activation activate(float gate, float up) {
   const float s = sigmoid(gate);
   const float value = silu(gate);
   return {value * up, up * s * (1.0f + gate * (1.0f - s)), value};

@@ -60,13 +60,14 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     if (call.rank)
       add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
                             this->down_a(segment.expert).along_columns(), column, columns, out, scratch.weights);
+    load_columns(gate_of(segment), segment.rows, column, columns, gates);
+    load_columns(up_of(segment), segment.rows, column, columns, ups);
+    clear_padding(out, segment.rows, columns);
+    const int64_t strips = ceil_div(S.intermediate, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row) {
       const int64_t at = row * kStrip;
-      const int64_t saved = row * S.intermediate + column;
-      const float dot = activation_grad(gate_of(segment) + saved, up_of(segment) + saved, columns,
-                                        call.row_weight[segment.row + row], out + at, acts + at, gates + at, ups + at);
-      const int64_t strips = ceil_div(S.intermediate, kStrip);
-      call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = dot;
+      activation_grad(call.row_weight[segment.row + row], out + at, acts + at, gates + at, ups + at);
+      call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = tree_sum<kStrip>(out + at);
     }
     this->store_panel(gates, segment, column, columns, call.gate_panel);
     this->store_panel(ups, segment, column, columns, call.up_panel);
@@ -81,26 +82,37 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                      call.up_lora_b_grad + a_at, scratch.weights);
   }
 
-  // One row of 32 columns: a, dgate and dup; returns this strip's part of <da, a>. Columns beyond the
-  // matrix become zeros, whatever the padding held.
-  static float activation_grad(const bf16* gate, const bf16* up, int64_t columns, float weight, const float* out,
-                               float* acts, float* gates, float* ups) {
-    float gate_row[kStrip] = {}, up_row[kStrip] = {}, out_row[kStrip] = {}, dot[kStrip];
-    for (int64_t c = 0; c < columns; ++c) {
-      gate_row[c] = to_float(gate[c]);
-      up_row[c] = to_float(up[c]);
-      out_row[c] = out[c];
-    }
+  // 32 columns of a saved [rows, I] matrix as float32, zeros beyond its edge.
+  static void load_columns(const bf16* saved, int64_t rows, int64_t column, int64_t columns, float* strip) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < kStrip; ++c)
+        strip[row * kStrip + c] = c < columns ? to_float(saved[row * S.intermediate + column + c]) : 0.0f;
+  }
+
+  static void clear_padding(float* strip, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = columns; c < kStrip; ++c) strip[row * kStrip + c] = 0.0f;
+  }
+
+  // One row of 32 columns, in place: da, gate and up become da * a, dgate and dup; a is written beside them.
+  static void activation_grad(float weight, float* out, float* acts, float* gates, float* ups) {
+#pragma omp simd
     for (int64_t c = 0; c < kStrip; ++c) {
-      const Activation result = activate(gate_row[c], up_row[c]);
-      acts[c] = round_to_bf16(result.a);
-      dot[c] = out_row[c] * acts[c];
-      gates[c] = weight * out_row[c] * result.by_gate;
-      ups[c] = weight * out_row[c] * result.by_up;
+      const Activation result = activate(gates[c], ups[c]);
+      const float a = round_to_bf16(result.a);
+      gates[c] = weight * out[c] * result.by_gate;
+      ups[c] = weight * out[c] * result.by_up;
+      out[c] = out[c] * a;
+      acts[c] = a;
     }
-    for (int64_t width = kStrip / 2; width > 0; width /= 2)
-      for (int64_t c = 0; c < width; ++c) dot[c] += dot[c + width];
-    return dot[0];
+  }
+
+  // A fixed tree: the same bits on every compiler's vector width.
+  template <int64_t N>
+  static float tree_sum(float* values) {
+    if constexpr (N == 1) return values[0];
+    for (int64_t i = 0; i < N / 2; ++i) values[i] += values[i + N / 2];
+    return tree_sum<(N > 1 ? N / 2 : 1)>(values);
   }
 
   void low_grads(const Block& block) const {

@@ -90,6 +90,7 @@ struct ForwardSteps {
       store_bf16(ups, segment.rows, column, columns, up);
     }
     if (!act_panel) return;
+#pragma omp simd
     for (int64_t i = 0; i < segment.rows * kStrip; ++i) gates[i] = round_to_bf16(silu(gates[i]) * ups[i]);
     store_panel(gates, segment, column, columns, act_panel);
   }

@@ -28,7 +28,7 @@ GROUPS_CASES = [case for case in CASES if case.name in ("small", "ragged_65", "m
 
 def cells(with_bfloat16: bool) -> Iterator[pytest.param]:
     for case, isa, m_step in CELLS:
-        fast = m_step == plan.M_STEPS[isa][-1] and isa != "ref" or case.name in FEW_ROWS_SHAPES
+        fast = (m_step == plan.M_STEPS[isa][-1] and isa != "ref") or case.name in FEW_ROWS_SHAPES
         if with_bfloat16:
             if not case.rank or case.lora_dtype == torch.bfloat16:
                 continue
@@ -41,10 +41,11 @@ def cells(with_bfloat16: bool) -> Iterator[pytest.param]:
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_built(request: pytest.FixtureRequest) -> None:
     """Compile in parallel what the selected tests would otherwise compile one by one."""
-    selected = [item.callspec.params for item in request.session.items if item.module is request.module]
+    mine = [item for item in request.session.items if item.module is request.module]
+    cells = [item.callspec.params for item in mine if hasattr(item, "callspec") and "m_step" in item.callspec.params]
     usable = usable_isas()
-    wanted = [(p["case"], p["isa"], p["m_step"]) for p in selected if "m_step" in p and p["isa"] in usable]
-    build([config_of(case, isa, m_step=m_step) for case, isa, m_step in wanted], progress=False)
+    wanted = [config_of(c["case"], c["isa"], m_step=c["m_step"]) for c in cells if c["isa"] in usable]
+    build(wanted, progress=False)
 
 
 def check_cell(case: Case, isa: str, m_step: int) -> None:

@@ -1,0 +1,72 @@
+"""What the machine can do at most, measured in the same run as everything that is compared with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jitmoe import cpu, kernels, render, workspace
+from jitmoe.build import ensure
+from jitmoe.render import Instance
+
+SOURCE = "ceilings.cpp"
+
+READ_BYTES = 5 << 28
+"""1.25 GiB: beyond every cache."""
+
+STEPS = 4_000_000
+"""Turns of an arithmetic loop; some 10 ms on a core of 2025."""
+
+Rates = dict[str, float]
+"""Operations or bytes a second: ``fma`` float32, ``bf16`` dot products, ``vnni`` int8, ``read`` of memory. What the
+CPU lacks is not in it."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Takes the shape's place in an Instance: the build needs a name and an instruction set."""
+
+    isa: str
+    name: str = "ceilings"
+
+
+class Ceilings:
+    """The loops of ``ceilings.cpp`` and the memory that they read.
+
+    Args:
+        threads: threads to use.
+        read_bytes: memory to read; more than fits in any cache, unless in a test.
+        steps: turns of an arithmetic loop.
+
+    Raises:
+        BuildError: if the loops cannot be compiled.
+    """
+
+    def __init__(self, threads: int, read_bytes: int = READ_BYTES, steps: int = STEPS) -> None:
+        isa = cpu.resolve_isa("auto")
+        text = (render.template_dir() / SOURCE).read_text(encoding="utf-8")
+        self._library = ensure(Instance(_Source(isa), text))  # type: ignore[arg-type]
+        self.threads, self._steps = threads, steps
+        self._memory = workspace.allocate(read_bytes)
+        self._function("fill", 3)(threads, self._memory.ctypes.data, read_bytes)
+        self._read = self._function("peak_read", 3)
+        self._loops = {"fma": self._function("peak_fma", 2)}
+        if isa == "avx512_bf16":
+            self._loops["bf16"] = self._function("peak_bf16", 2)
+        if isa.startswith("avx512") and "avx512vnni" in cpu.detect().features:
+            self._loops["vnni"] = self._function("peak_vnni", 2)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that :meth:`flush` pulls through the caches."""
+        return self._memory.nbytes
+
+    def measure(self) -> Rates:
+        """Every ceiling once."""
+        rates = {name: loop(self.threads, self._steps) for name, loop in self._loops.items()}
+        return rates | {"read": self.flush()}
+
+    def flush(self) -> float:
+        """Push everything else out of the caches; bytes a second."""
+        return self._read(self.threads, self._memory.ctypes.data, self._memory.nbytes)
+
+    def _function(self, name: str, arguments: int) -> Callable[..., float]:
+        return kernels.number_function(self._library, f"jitmoe_{name}", arguments)

@@ -1,0 +1,73 @@
+"""Who runs: one function from a batch to the result, and what must be known to judge its time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import jitmoe
+from jitmoe.bench.data import Base
+from jitmoe.bench.workloads import Workload
+from jitmoe.errors import BenchError
+from jitmoe.plan import PAIRED_OPERANDS
+from jitmoe.reference import LoraTensors
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of the layer, ready to be called.
+
+    Attributes:
+        name: in tables.
+        call: (x, topk_ids, weights) -> out, differentiable.
+        parameters: trainable tensors, whose gradients are dropped before each call.
+        dtype: of x and out.
+        rank: LoRA rank that it really computes, 0 for none.
+        bf16_products: multiplies bfloat16 pairs, so that the dot-product peak is its ceiling.
+        isa: instruction set that it must run on; None for a peer.
+        comparable: contenders with the same text here compute the same function of the same values.
+    """
+
+    name: str
+    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    parameters: tuple[Tensor, ...]
+    dtype: torch.dtype
+    rank: int
+    bf16_products: bool
+    isa: str | None = None
+    comparable: str = "lora"
+
+
+def our_layer(
+    workload: Workload, isa: str, base: Base, lora: LoraTensors | None, lora_dtype: str = "float32"
+) -> Contender:
+    """The layer on ``isa``, compiled, with its own packed copy of ``base`` and the values of ``lora``.
+
+    Raises:
+        IsaError: if ``isa`` cannot run here.
+        BenchError: if the layer would use another one.
+    """
+    config = workload.config(isa, lora_dtype)
+    jitmoe.build(config, progress=False)
+    layer = jitmoe.MoELayer(config, base.gate_proj, base.up_proj, base.down_proj)
+    check_isa(isa, layer.isa)
+    with torch.no_grad():
+        for name, values in lora._asdict().items() if lora else ():
+            layer.get_parameter(name).copy_(values)
+    return Contender(
+        name=f"jitmoe {isa}",
+        call=layer,
+        parameters=tuple(layer.parameters()),
+        dtype=torch.bfloat16,
+        rank=workload.rank,
+        bf16_products=isa in PAIRED_OPERANDS,
+        isa=isa,
+        comparable="lora" if workload.rank else "base",
+    )
+
+
+def check_isa(asked: str, used: str) -> None:
+    """Refuse to label a measurement of ``used`` as one of ``asked``."""
+    if asked != used:
+        raise BenchError(f"{asked} was to be measured and {used} would run: is JITMOE_ISA set, or the CPU not able to?")

@@ -1,0 +1,179 @@
+"""Other implementations of the same layer on the same values. One function each, as their users would write it."""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from jitmoe.bench.contenders import Contender
+from jitmoe.bench.data import Base
+from jitmoe.bench.workloads import Workload
+from jitmoe.errors import BenchError
+from jitmoe.reference import LoraTensors, moe_reference
+
+Build = Callable[[Workload, Base, LoraTensors | None, float], Contender]
+"""(sizes, weights, adapters, LoRA scale) -> contender; weights and adapters come in the peer's dtype."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How to get a peer.
+
+    Attributes:
+        build: makes the contender.
+        dtype: in which it wants weights and adapters.
+        copies: bytes that it holds beyond the canonical weights, as a multiple of them.
+        package: what must be installed, "" for torch alone.
+        slow: takes minutes, so only on request.
+    """
+
+    build: Build
+    dtype: torch.dtype
+    copies: float
+    package: str = ""
+    slow: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.build is grouped_mm and not hasattr(torch.nn.functional, "grouped_mm"):
+            return f"torch {torch.__version__} has no grouped_mm"
+        return None
+
+
+def loop(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+    """Plain torch, expert after expert: our own reference."""
+    trainable = _leaves(lora)
+
+    def call(x: Tensor, topk_ids: Tensor, weights: Tensor) -> Tensor:
+        return moe_reference(x, topk_ids, weights, base.gate_proj, base.up_proj, base.down_proj, trainable, scale)
+
+    return _contender(workload, call, base.gate_proj.dtype, trainable)
+
+
+def grouped_mm(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+    """torch.nn.functional.grouped_mm on rows sorted by expert, the adapters as two more of them."""
+    trainable = _leaves(lora)
+    pairs = (trainable[0:2], trainable[2:4], trainable[4:6]) if trainable else (None, None, None)
+
+    def project(rows: Tensor, weight: Tensor, pair: tuple[Tensor, ...] | None, ends: Tensor) -> Tensor:
+        multiply = torch.nn.functional.grouped_mm
+        result = multiply(rows, weight.transpose(1, 2), offs=ends)
+        if pair is None:
+            return result
+        low = multiply(rows, pair[0].transpose(1, 2), offs=ends)
+        return result + multiply(low, pair[1].transpose(1, 2), offs=ends) * scale
+
+    def call(x: Tensor, topk_ids: Tensor, weights: Tensor) -> Tensor:
+        slots = topk_ids.flatten().argsort(stable=True)
+        tokens = slots // workload.top_k
+        ends = topk_ids.flatten().bincount(minlength=workload.experts).cumsum(0).to(torch.int32)
+        rows = x[tokens]
+        activation = silu(project(rows, base.gate_proj, pairs[0], ends)) * project(rows, base.up_proj, pairs[1], ends)
+        result = project(activation, base.down_proj, pairs[2], ends)
+        return torch.zeros_like(x).index_add(0, tokens, result * weights.flatten()[slots, None].to(x.dtype))
+
+    return _contender(workload, call, base.gate_proj.dtype, trainable)
+
+
+def transformers_experts(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+    """The experts module of transformers' Qwen3-MoE with its grouped_mm back end; no adapters."""
+    experts = _transformers_module(workload, base)
+    experts.requires_grad_(False)
+    return _contender(workload, experts, torch.bfloat16, None)
+
+
+def transformers_peft(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+    """What users do today: PEFT's ``target_parameters`` on that module. PEFT chooses its own initial values."""
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Module()
+    model.experts = _transformers_module(workload, base)
+    config = LoraConfig(
+        r=workload.rank,
+        lora_alpha=scale * workload.rank,
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    get_peft_model(model, config)
+    parameters = tuple(p for p in model.parameters() if p.requires_grad)
+    return Contender("", model.experts, parameters, torch.bfloat16, workload.rank, True, comparable="peft")
+
+
+PEERS = {
+    "torch-bf16": Peer(loop, torch.bfloat16, 0.0),
+    "torch-f32": Peer(loop, torch.float32, 2.0),
+    "grouped-bf16": Peer(grouped_mm, torch.bfloat16, 0.0),
+    "grouped-f32": Peer(grouped_mm, torch.float32, 2.0),
+    "transformers": Peer(transformers_experts, torch.bfloat16, 1.0, "transformers"),
+    # Each call adds the product of the adapters to a copy of all weights, and its backward holds another.
+    "peft": Peer(transformers_peft, torch.bfloat16, 5.0, "peft", slow=True),
+}
+
+
+def choose_peers(text: str) -> list[str]:
+    """Names from "all" (all but the slow ones), "none" or a comma-separated list.
+
+    Raises:
+        BenchError: for a name that is none of :data:`PEERS`.
+    """
+    if text == "none":
+        return []
+    if text == "all":
+        return [name for name, peer in PEERS.items() if not peer.slow]
+    names = text.split(",")
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise BenchError(f"unknown peers {', '.join(unknown)}; known are all, none, {', '.join(PEERS)}")
+    return names
+
+
+def share_memory(names: Iterable[str], base_bytes: int, budget: float) -> list[list[str]]:
+    """Cut ``names`` into batches that fit into ``budget`` bytes at a time, at least one peer each."""
+    batches: list[list[str]] = []
+    used = 0.0
+    for name in names:
+        needed = PEERS[name].copies * base_bytes
+        if not batches or used + needed > budget:
+            batches.append([])
+            used = 0.0
+        batches[-1].append(name)
+        used += needed
+    return batches
+
+
+def _transformers_module(workload: Workload, base: Base) -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        num_experts=workload.experts,
+        hidden_size=workload.hidden,
+        moe_intermediate_size=workload.intermediate,
+        num_experts_per_tok=workload.top_k,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts: nn.Module = Qwen3MoeExperts(config)
+    experts.gate_up_proj = nn.Parameter(torch.cat([base.gate_proj, base.up_proj], dim=1))
+    experts.down_proj = nn.Parameter(base.down_proj)
+    return experts
+
+
+def _contender(
+    workload: Workload,
+    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
+    trainable: LoraTensors | None,
+) -> Contender:
+    rank = workload.rank if trainable else 0
+    comparable = "lora" if trainable else "base"
+    return Contender("", call, tuple(trainable or ()), dtype, rank, dtype == torch.bfloat16, comparable=comparable)
+
+
+def _leaves(lora: LoraTensors | None) -> LoraTensors | None:
+    return lora and LoraTensors(*(tensor.detach().clone().requires_grad_() for tensor in lora))

@@ -1,0 +1,148 @@
+"""Where the time of a call of our layer goes, as far as it can be seen from outside the kernels."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from jitmoe import tokens
+from jitmoe.bench.contenders import Contender, check_isa, our_layer
+from jitmoe.bench.data import Batch, batches, make_base, make_lora
+from jitmoe.bench.measure import SEED, call_once
+from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, ROUTE, watch
+from jitmoe.bench.workloads import FORWARD, PASSES, TRAINING, Work, Workload, work_of
+from jitmoe.build import table
+from jitmoe.route import route
+
+REST = "torch and autograd"
+STEPS = (ROUTE, PLAN, KERNEL_FORWARD, KERNEL_BACKWARD, REST)
+GATHER = "gather of x, alone on one thread"
+LORA = "LoRA, against a layer without"
+
+Steps = defaultdict[str, list[float]]
+"""Seconds of each round, by step."""
+
+
+@dataclass
+class Phases:
+    """Seconds of each step in each round, by pass.
+
+    Attributes:
+        workload: sizes.
+        isa: instruction set of the kernels.
+        seconds: by pass and step; the steps of :data:`STEPS` add up to the call.
+        beside: by pass and name, seconds that are part of a step above or were measured apart from the call.
+        active: experts touched, of each round.
+    """
+
+    workload: Workload
+    isa: str
+    seconds: dict[str, Steps] = field(default_factory=lambda: {name: defaultdict(list) for name in PASSES})
+    beside: dict[str, Steps] = field(default_factory=lambda: {name: defaultdict(list) for name in PASSES})
+    active: list[int] = field(default_factory=list)
+
+    def median(self, pass_name: str, step: str) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds[pass_name][step])
+
+
+def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
+    """Run the layer and a twin of it without LoRA ``repeat`` times each, in turn."""
+    generator = torch.Generator().manual_seed(SEED)
+    base = make_base(workload, generator)
+    layer = our_layer(workload, isa, base, make_lora(workload, generator))
+    bare = our_layer(replace(workload, rank=0), isa, base, None) if workload.rank else None
+    del base
+    phases = Phases(workload, isa)
+    inputs = batches(workload, generator)
+    for training in (False, True):
+        _warm_up([layer, bare], next(inputs), training)
+    for _ in range(repeat):
+        batch = next(inputs)
+        phases.active.append(batch.active)
+        for pass_name in PASSES:
+            _note_call(phases, layer, batch, pass_name)
+            if bare:
+                _note_lora(phases, layer, bare, batch, pass_name)
+        phases.beside[FORWARD][GATHER].append(_gather_alone(batch, workload))
+    return phases
+
+
+def phases_table(phases: Phases) -> str:
+    """Milliseconds, share of the call, and rate of each step."""
+    rows = [("pass", "step", "ms", "share", "rate")]
+    for pass_name in PASSES:
+        total = sum(phases.median(pass_name, step) for step in STEPS)
+        for step in STEPS:
+            seconds = phases.median(pass_name, step)
+            if seconds:
+                rows.append((pass_name, step, *_figures(seconds, total), _rate(phases, step, seconds)))
+        rows.append((pass_name, "all", *_figures(total, total), ""))
+        for name, values in phases.beside[pass_name].items():
+            seconds = statistics.median(values)
+            rate = f"{_gathered_bytes(phases.workload) / seconds / 1e9:.4g} GB/s" if name == GATHER else ""
+            rows.append((pass_name, f"  {name}", *_figures(seconds, total), rate))
+    return f"{phases.workload.name} on {phases.isa}\n{table(rows)}"
+
+
+def phases_json(phases: Phases) -> dict[str, object]:
+    """The same with the seconds of every round."""
+    return {
+        "name": phases.workload.name,
+        "isa": phases.isa,
+        "passes": {name: dict(steps) for name, steps in phases.seconds.items()},
+        "beside": {name: dict(values) for name, values in phases.beside.items()},
+    }
+
+
+def _warm_up(contenders: Sequence[Contender | None], batch: Batch, training: bool) -> None:
+    for contender in contenders:
+        if contender is not None:
+            call_once(contender, batch, training)
+
+
+def _note_call(phases: Phases, layer: Contender, batch: Batch, pass_name: str) -> None:
+    with watch() as trace:
+        total, _ = call_once(layer, batch, pass_name == TRAINING)
+    check_isa(phases.isa, trace.kernel_isa())
+    known = {step: trace.seconds[step] for step in STEPS if step != REST}
+    for step, seconds in (known | {REST: total - sum(known.values())}).items():
+        phases.seconds[pass_name][step].append(seconds)
+
+
+def _note_lora(phases: Phases, layer: Contender, bare: Contender, batch: Batch, pass_name: str) -> None:
+    with_lora, without = (call_once(contender, batch, pass_name == TRAINING)[0] for contender in (layer, bare))
+    phases.beside[pass_name][LORA].append(with_lora - without)
+
+
+def _gather_alone(batch: Batch, workload: Workload) -> float:
+    """Seconds to copy every row of x into expert order; the kernels do it in their threads, a block at a time."""
+    routed = route(batch.topk_ids.numpy(), workload.experts)
+    bits = batch.x.view(torch.uint16).numpy()
+    rows = np.zeros((workload.slots, workload.hidden), np.uint16)
+    start = time.perf_counter()
+    tokens.gather_rows(bits, routed.row_token, 0, workload.hidden, rows)
+    return time.perf_counter() - start
+
+
+def _rate(phases: Phases, step: str, seconds: float) -> str:
+    if step not in (KERNEL_FORWARD, KERNEL_BACKWARD):
+        return ""
+    active = statistics.mean(phases.active)
+    work = work_of(phases.workload, False, active)
+    if step == KERNEL_BACKWARD:
+        both = work_of(phases.workload, True, active)
+        work = Work(both.flop - work.flop, both.nbytes - work.nbytes)
+    return f"{work.flop / seconds / 1e9:.4g} GFLOP/s, {work.nbytes / seconds / 1e9:.4g} GB/s"
+
+
+def _gathered_bytes(workload: Workload) -> int:
+    return 2 * workload.slots * workload.hidden * 2
+
+
+def _figures(seconds: float, total: float) -> tuple[str, str]:
+    return f"{1e3 * seconds:.4g}", f"{seconds / total:.1%}"

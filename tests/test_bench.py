@@ -1,0 +1,335 @@
+"""The benchmark's arithmetic, its honesty, and the form of what it writes; never the speed of anything."""
+
+import itertools
+import json
+import struct
+
+import pytest
+import torch
+
+from jitmoe import cli
+from jitmoe.bench import ceilings, measure, peers, phases, plot, report, sweep
+from jitmoe.bench.contenders import Contender, our_layer
+from jitmoe.bench.data import batches, make_base
+from jitmoe.bench.measure import Measurement, Options
+from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
+from jitmoe.bench.workloads import FORWARD, TRAINING, WORKLOADS, Workload, work_of
+from jitmoe.errors import BenchError, ConfigError
+from jitmoe.plan import Shape
+
+TINY = Workload("tiny", experts=4, hidden=64, intermediate=32, top_k=2, rank=8, tokens=12)
+OURS = Options(isas=("ref",), repeat=2)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """A megabyte and some microseconds in place of a gigabyte and tens of milliseconds."""
+    monkeypatch.setattr(ceilings.Ceilings.__init__, "__defaults__", (1 << 20, 1000))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    options = Options(isas=("ref",), peers=("torch-bf16", "torch-f32", "grouped-bf16", "grouped-f32"), repeat=2)
+    return measure.compare(TINY, options, ceilings.Ceilings(1, 1 << 20, 1000))
+
+
+class TestCounting:
+    def test_flop_as_performance_is_judged(self):
+        """Per slot: forward 6HI + 6r(H+I), backward 6HI + 12r(H+I), 4HI more with recompute."""
+        w2, hidden, intermediate = WORKLOADS["W2"], 2048, 1408
+        slots = 1024 * 6
+        base, lora = 6 * hidden * intermediate, 8 * (hidden + intermediate)
+        assert work_of(w2, False, 64).flop == slots * (base + 6 * lora)
+        assert work_of(w2, True, 64).flop == slots * (2 * base + 18 * lora)
+        assert work_of(w2, True, 64, recompute=True).flop == slots * (2 * base + 18 * lora + 4 * hidden * intermediate)
+        assert work_of(w2, False, 64, rank=0).flop == slots * base
+
+    def test_bytes(self):
+        """6HI for each active expert and pass, S(4H + 6I) of activations."""
+        w1 = WORKLOADS["W1"]
+        weights, activations = 60 * 6 * 2048 * 1408, 48 * 6 * (4 * 2048 + 6 * 1408)
+        assert work_of(w1, False, 60).nbytes == weights + activations
+        assert work_of(w1, True, 60).nbytes == 2 * weights + activations
+
+    def test_active_experts(self):
+        assert WORKLOADS["W3"].expected_active() == pytest.approx(6)
+        assert WORKLOADS["W1"].expected_active() == pytest.approx(64 * (1 - (1 - 6 / 64) ** 48))
+        inputs = batches(WORKLOADS["W1"], torch.Generator().manual_seed(0))
+        actual = [batch.active for batch in itertools.islice(inputs, 5)]
+        assert sum(actual) / 5 == pytest.approx(WORKLOADS["W1"].expected_active(), rel=0.03)
+
+    def test_a_base_product_does_about_m_flop_per_byte(self):
+        wide = Workload("wide", experts=1, hidden=4096, intermediate=4096, top_k=1, rank=0, tokens=16)
+        work = work_of(wide, False, 1)
+        assert work.flop / work.nbytes == pytest.approx(16, rel=0.05)
+
+    def test_the_roofline_is_the_slower_of_the_two(self):
+        work = work_of(WORKLOADS["W3"], False, 6)
+        assert work.roofline_seconds(flops=1e30, bandwidth=1e9) == work.nbytes / 1e9
+        assert work.roofline_seconds(flops=1e9, bandwidth=1e30) == work.flop / 1e9
+
+    @pytest.mark.parametrize(
+        ("name", "sizes"),
+        [
+            ("W1", (64, 2048, 1408, 6, 8, 48)),
+            ("W2", (64, 2048, 1408, 6, 8, 1024)),
+            ("W2z", (64, 2048, 1408, 6, 8, 1024)),
+            ("W3", (64, 2048, 1408, 6, 8, 1)),
+            ("W4", (128, 2048, 768, 8, 16, 512)),
+            ("W5", (16, 7168, 2048, 8, 16, 256)),
+        ],
+    )
+    def test_the_table_of_workloads(self, name, sizes):
+        w = WORKLOADS[name]
+        assert (w.experts, w.hidden, w.intermediate, w.top_k, w.rank, w.tokens) == sizes
+        assert w.zipf == name.endswith("z")
+
+    def test_impossible_sizes(self):
+        with pytest.raises(ConfigError, match="top_k=3"):
+            Workload("wrong", experts=2, hidden=8, intermediate=8, top_k=3, rank=0, tokens=1)
+
+
+class TestData:
+    def test_every_batch_is_new_and_nothing_is_zero(self):
+        inputs = batches(TINY, torch.Generator().manual_seed(0))
+        first, second = next(inputs), next(inputs)
+        assert not torch.equal(first.x, second.x) and not torch.equal(first.topk_ids, second.topk_ids)
+        base = make_base(TINY, torch.Generator().manual_seed(0))
+        for tensor in (first.x, first.out_grad, first.weights, base.gate_proj, base.up_proj, base.down_proj):
+            assert tensor.count_nonzero() > 0.98 * tensor.numel()
+
+    @pytest.mark.parametrize("zipf", [False, True])
+    def test_a_token_chooses_distinct_experts(self, zipf):
+        workload = Workload("skewed", 16, 8, 8, top_k=4, rank=0, tokens=500, zipf=zipf)
+        ids = next(batches(workload, torch.Generator().manual_seed(0))).topk_ids
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        rows = ids.flatten().bincount(minlength=16)
+        assert (rows.max() > 3 * rows.median()) == zipf
+
+
+class TestCeilings:
+    def test_every_ceiling_is_a_rate(self):
+        found = ceilings.Ceilings(2, 1 << 20, 1000)
+        rates = found.measure()
+        assert {"fma", "read"} <= set(rates) <= set(report.CEILING_NAMES)
+        assert all(value > 0 for value in rates.values())
+        assert found.read_bytes == 1 << 20
+
+
+class TestOutcome:
+    def test_everybody_took_part_in_both_passes(self, outcome):
+        names = ["jitmoe ref", "torch-bf16", "grouped-bf16", "torch-f32", "grouped-f32"]
+        found = [(m.contender.name, m.pass_name) for m in outcome.measurements]
+        assert found == [(name, pass_name) for name in names for pass_name in (FORWARD, TRAINING)]
+        assert all(len(m.seconds) == 2 for m in outcome.measurements)
+        assert all(len(values) == 2 for values in outcome.ceilings.values())
+
+    def test_our_rows_name_kernels_and_scratch(self, outcome):
+        forward, training = outcome.measurements[:2]
+        assert [shape.isa for shape in forward.kernels] == ["ref"]
+        assert 0 < forward.scratch < training.scratch
+        assert outcome.measurements[2].scratch is None
+
+    def test_ratios_are_of_the_same_pass(self, outcome):
+        ours = {m.training: m.median for m in outcome.measurements if m.contender.isa}
+        for m in outcome.measurements:
+            assert m.ratios == {"ref": m.median / ours[m.training]}
+
+    def test_roofline_share_uses_the_peak_of_the_products(self):
+        def share(bf16_products: bool) -> float:
+            contender = Contender("x", lambda *_: None, (), torch.bfloat16, 8, bf16_products)
+            return Measurement(contender, False, seconds=[1.0], work=work_of(TINY, False, 4)).roofline_share(rates)
+
+        rates = {"fma": 1e9, "bf16": 4e9, "read": 1e15}
+        assert share(False) == pytest.approx(4 * share(True))
+        assert share(False) == pytest.approx(work_of(TINY, False, 4).flop / 1e9)
+
+    def test_the_table(self, outcome):
+        lines = report.outcome_table(outcome).splitlines()
+        assert lines[0] == "tiny: E=4 H=64 I=32 K=2 r=8 tokens=12 routing=random"
+        assert lines[1].startswith("ceilings: float32 FMA ")
+        head = next(i for i, line in enumerate(lines) if line.startswith("who"))
+        assert lines[head].split()[-2:] == ["/", "ref"]
+        assert len(lines) == head + 1 + 10
+        assert "ref M_STEP" in lines[head + 1] and lines[head + 1].endswith("1.00")
+
+    def test_the_json(self, outcome):
+        content = json.loads(json.dumps(report.as_json([outcome], 5)))
+        (workload,) = content["workloads"]
+        assert workload["sizes"]["experts"] == 4 and len(workload["results"]) == 10
+        for result in workload["results"]:
+            assert result["flops"] == pytest.approx(result["flop"] / result["median"])
+            assert result["time_over"].keys() == {"ref"}
+
+    def test_peers_that_do_not_fit_together_run_apart(self, monkeypatch):
+        monkeypatch.setattr(measure, "available_memory", lambda: 0)
+        names = ("torch-bf16", "torch-f32", "grouped-f32")
+        assert peers.share_memory(names, 100, 0.0) == [["torch-bf16"], ["torch-f32"], ["grouped-f32"]]
+        found = measure.compare(TINY, Options(("ref",), names, 1), ceilings.Ceilings(1))
+        assert [m.contender.name for m in found.measurements[::2]] == ["jitmoe ref", *names]
+        assert all(m.ratios for m in found.measurements)
+        assert len(found.ceilings["fma"]) == 3
+
+
+class TestHonesty:
+    def test_another_instruction_set_than_the_asked_one(self, monkeypatch):
+        monkeypatch.setenv("JITMOE_ISA", "ref")
+        base = make_base(TINY, torch.Generator().manual_seed(0))
+        with pytest.raises(BenchError, match="avx512 was to be measured and ref would run"):
+            our_layer(TINY, "avx512", base, None)
+
+    def test_a_fallback_inside_the_call(self, monkeypatch):
+        """The layer says one set and its call loads the kernels of another."""
+        real = Trace.kernel_isa
+        monkeypatch.setattr(Trace, "kernel_isa", lambda trace: real(trace) and "avx2")
+        with pytest.raises(BenchError, match="ref was to be measured and avx2 would run"):
+            measure.compare(TINY, OURS, ceilings.Ceilings(1))
+
+    def test_a_call_without_kernels_is_none_of_ours(self):
+        with watch() as trace, pytest.raises(BenchError, match="no instruction set"):
+            trace.kernel_isa()
+        trace.shapes += [Shape("ref", 1, 1, 0, 4, False), Shape("avx2", 1, 1, 0, 3, False)]
+        with pytest.raises(BenchError, match="avx2"):
+            trace.kernel_isa()
+
+    def test_a_contender_that_computes_something_else(self, monkeypatch):
+        wrong = peers.Peer(lambda w, base, lora, scale: peers.loop(w, base, lora, 50 * scale), torch.bfloat16, 0.0)
+        monkeypatch.setitem(peers.PEERS, "torch-bf16", wrong)
+        with pytest.raises(BenchError, match="torch-bf16 differs"):
+            measure.compare(TINY, Options(("ref",), ("torch-bf16",), 1), ceilings.Ceilings(1))
+
+    def test_a_peer_that_is_missing_or_fails_is_named(self, monkeypatch):
+        def fails(*_):
+            return Contender("", lambda *_: torch.ones(2) @ torch.ones(3), (), torch.bfloat16, 8, True)
+
+        monkeypatch.setitem(peers.PEERS, "peft", peers.Peer(fails, torch.bfloat16, 0.0, package="no_such_package"))
+        monkeypatch.setitem(peers.PEERS, "torch-f32", peers.Peer(fails, torch.bfloat16, 0.0))
+        found = measure.compare(TINY, Options(("ref",), ("peft", "torch-f32"), 1), ceilings.Ceilings(1))
+        assert found.skipped["peft"] == "no_such_package is not installed"
+        assert "inconsistent tensor size" in found.skipped["torch-f32"]
+        assert [m.contender.name for m in found.measurements] == ["jitmoe ref"] * 2
+        assert "left out: peft (no_such_package is not installed)" in report.outcome_table(found)
+
+    def test_the_watch_leaves_nothing_behind(self):
+        from jitmoe import experts
+
+        before = experts.load, experts.plan_forward
+        with watch():
+            assert experts.load is not before[0]
+        assert (experts.load, experts.plan_forward) == before
+
+
+class TestPackages:
+    """Peers from packages that need not be installed; without adapters, or with B still zero, they give the base."""
+
+    @pytest.mark.parametrize("name", ["transformers", "peft"])
+    def test_they_compute_the_same_layer(self, name):
+        pytest.importorskip(peers.PEERS[name].package)
+        generator = torch.Generator().manual_seed(0)
+        base, batch = make_base(TINY, generator), next(batches(TINY, generator))
+        expected, found = (
+            measure.call_once(peers.PEERS[peer].build(TINY, base, None, 2.0), batch, True)[1].float()
+            for peer in ("torch-bf16", name)
+        )
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+    def test_peft_trains_adapters_of_both_parameters(self):
+        pytest.importorskip("peft")
+        contender = peers.PEERS["peft"].build(TINY, make_base(TINY, torch.Generator().manual_seed(0)), None, 2.0)
+        sizes = sorted(parameter.numel() for parameter in contender.parameters)
+        assert sizes == sorted([8 * 4 * 64, 8 * 4 * 64, 8 * 4 * 32, 8 * 4 * 64])
+
+
+class TestPhases:
+    def test_steps_add_up_to_the_call(self):
+        found = phases.measure_phases(TINY, "ref", 2)
+        assert set(found.seconds[TRAINING]) == set(phases.STEPS)
+        assert min(found.seconds[TRAINING][KERNEL_BACKWARD]) > 0
+        assert found.seconds[FORWARD][KERNEL_BACKWARD] == [0.0, 0.0]
+        text = phases.phases_table(found)
+        assert KERNEL_FORWARD in text and phases.LORA in text and phases.GATHER in text and "100.0%" in text
+
+
+class TestSweep:
+    @pytest.mark.parametrize("axis", ["tokens", "experts", "rank", "threads"])
+    def test_one_thing_changes(self, axis):
+        variants = list(sweep._variants(axis, TINY, 2, quick=False))
+        assert len({(w.slots, w.hidden) for _, w, _ in variants}) == (len(variants) if axis == "tokens" else 1)
+        assert [value for value, _, _ in variants] == sorted({value for value, _, _ in variants})
+        assert len(list(sweep._variants(axis, TINY, 2, quick=True))) <= len(variants)
+
+    def test_table_and_picture(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sweep.VALUES, "tokens", (1, 8))
+        found = sweep.run_sweep("tokens", TINY, OURS, 1, quick=False)
+        assert [line.split()[0] for line in sweep.sweep_table(found).splitlines()[1:]] == ["tokens", "1", "8"]
+        assert sweep.sweep_json(found)["values"] == [1, 8]
+        plot.plot_sweep(found, "title", tmp_path / "sweep.png")
+        assert colors_in(tmp_path / "sweep.png") > 20
+
+
+class TestPlot:
+    def test_the_roofline_is_a_picture_with_something_in_it(self, outcome, tmp_path):
+        plot.plot_roofline([outcome], "title", tmp_path / "roofline.png")
+        assert colors_in(tmp_path / "roofline.png") > 20
+        # The legend, at the right, has the same colour.
+        pixels = pixels_of(tmp_path / "roofline.png")
+        chart = pixels[:, : pixels.shape[1] * 3 // 4, :3]
+        ours = [int(plot.OURS[0][at : at + 2], 16) for at in (1, 3, 5)]
+        assert (abs(chart * 255 - ours) < 8).all(-1).sum() > 100
+
+
+class TestCommand:
+    SIZES = "--num-experts 4 --hidden-size 64 --intermediate-size 32 --top-k 2 --tokens 12 --isa ref --threads 1"
+
+    def test_a_run(self, tmp_path, capsys):
+        path = tmp_path / "bench.json"
+        arguments = ["bench", *self.SIZES.split(), "--peers", "torch-bf16", "--repeat", "1", "--json", str(path)]
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "own: E=4" in out and "torch-bf16" in out and "jitmoe ref" in out
+        content = json.loads(path.read_text())
+        assert {"date", "cpu", "threads", "torch"} <= set(content["machine"])
+        assert len(content["workloads"][0]["results"]) == 4
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("W9", "known are W1, W2"),
+            ("W1 --top-k 2", "not both"),
+            ("--top-k 2", "own sizes lack --num-experts"),
+            ("W1 --peers vllm", "unknown peers vllm"),
+            ("W1 --isa sse9", "unknown instruction set"),
+            ("W1 --json /nowhere/x.json", "cannot be written"),
+            ("W1 --repeat 0", "at least 1"),
+            ("W1 --threads -2", "at least 1"),
+            ("W1 W3 --sweep rank", "one workload"),
+            ("W1 --phases --plot x.png", "no picture"),
+        ],
+    )
+    def test_what_it_refuses(self, arguments, message, capsys):
+        assert cli.main(["bench", *arguments.split()]) == 1
+        assert message in capsys.readouterr().err
+
+
+def pixels_of(path):
+    """[height, width, 4] between 0 and 1."""
+    from matplotlib.image import imread
+
+    return imread(path)
+
+
+def colors_in(path) -> int:
+    """Number of different pixels; also checks that it is a PNG of some size."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", header[16:24])) > 300
+    pixels = pixels_of(path)
+    return len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[-1])[::7].tolist()})

@@ -1,0 +1,125 @@
+"""What the planner decides: kernels of a config, the kernel of a call, the cut of rows into groups."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jitmoe import MoEConfig, plan
+from jitmoe.config import ISAS, MAX_SIZE
+from jitmoe.errors import ConfigError
+
+FIELDS = {"num_experts": 4, "hidden_size": 64, "intermediate_size": 96, "top_k": 2}
+
+
+def config_with(**fields: object) -> MoEConfig:
+    return MoEConfig(**{**FIELDS, **fields})
+
+
+@pytest.mark.parametrize("field", ["num_experts", "hidden_size", "intermediate_size", "top_k", "lora_rank", "m_step"])
+@pytest.mark.parametrize("value", [-1, -(2**63), MAX_SIZE + 1, 2**64, 1.0, "8", True])
+def test_impossible_sizes_are_refused_by_name_and_value(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field) as refused:
+        config_with(**{field: value})
+    assert repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_zero_is_no_size(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be between 1"):
+        config_with(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_dtype", "float16"), ("isa", "sse2"), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")),
+        ("lora_alpha", "16"), ("use_rslora", 1), ("allow_skip", None), ("batch_invariant", "no"), ("recompute", 0),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        config_with(**{field: value})
+
+
+def test_largest_sizes_are_planned_without_overflow() -> None:
+    config = config_with(hidden_size=MAX_SIZE, intermediate_size=MAX_SIZE, num_experts=MAX_SIZE, lora_rank=MAX_SIZE)
+    (*_, shape) = plan.plan_kernels(config, "ref").shapes
+    assert (shape.hidden, shape.intermediate, shape.padded_rank) == (MAX_SIZE,) * 3
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(0, 0), (1, 32), (31, 32), (32, 32), (33, 64)])
+def test_rank_is_padded_to_the_k_step(rank: int, padded: int) -> None:
+    assert {shape.padded_rank for shape in plan.plan_kernels(config_with(lora_rank=rank), "ref").shapes} == {padded}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+class TestRegisterBlocks:
+    def test_all_of_the_instruction_set_are_planned_ascending(self, isa: str) -> None:
+        steps = [shape.m_step for shape in plan.plan_kernels(config_with(), isa).shapes]
+        assert steps == sorted(plan.M_STEPS[isa]) and steps
+
+    def test_one_can_be_forced(self, isa: str) -> None:
+        for step in plan.M_STEPS[isa]:
+            assert [shape.m_step for shape in plan.plan_kernels(config_with(m_step=step), isa).shapes] == [step]
+
+    def test_another_is_refused_with_the_choice(self, isa: str) -> None:
+        with pytest.raises(ConfigError, match=f"m_step must be one of .* on {isa}, got 1000"):
+            plan.plan_kernels(config_with(m_step=1000), isa)
+
+    def test_few_rows_take_the_smallest_many_the_largest(self, isa: str) -> None:
+        kernels = plan.plan_kernels(config_with(), isa)
+        assert kernels.select(rows=4, active_experts=4) is kernels.shapes[0]
+        assert kernels.select(rows=4000, active_experts=4) is kernels.shapes[-1]
+
+    def test_a_batch_invariant_layer_has_one_form_for_every_row_count(self, isa: str) -> None:
+        kernels = plan.plan_kernels(config_with(batch_invariant=True), isa)
+        assert {kernels.select(rows, 4) for rows in (0, 1, 32, 33, 10**6)} == {kernels.shapes[-1]}
+
+
+def test_the_lora_dtype_of_cast_parameters_counts() -> None:
+    assert not plan.plan_kernels(config_with(), "ref").shapes[0].lora_bf16
+    assert plan.plan_kernels(config_with(), "ref", lora_dtype="bfloat16").shapes[0].lora_bf16
+
+
+def test_names_of_shapes_tell_them_apart() -> None:
+    configs = [config_with(lora_rank=rank, lora_dtype=dtype) for rank in (0, 8) for dtype in ("float32", "bfloat16")]
+    shapes = {shape for isa in ISAS for config in configs for shape in plan.plan_kernels(config, isa).shapes}
+    assert len({shape.name for shape in shapes}) == len(shapes)
+
+
+@st.composite
+def routed(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """``active`` and ``offsets`` as a Route has them: ascending ids, no expert without rows."""
+    counts = draw(st.lists(st.one_of(st.just(0), st.integers(1, 60)), max_size=12))
+    active = [expert for expert, rows in enumerate(counts) if rows]
+    offsets = np.cumsum([0, *(counts[expert] for expert in active)])
+    return np.array(active, np.int64), offsets.astype(np.int64)
+
+
+@given(routed(), st.sampled_from([1, 3, 4, 14]), st.sampled_from([1 << 20, 4 << 20, 1 << 40]))
+def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int) -> None:
+    """Every row lies in one segment of its expert, in order; groups hold whole segments that fit the panels."""
+    active, offsets = rows
+    groups = plan.plan_groups(active, offsets, m_step, row_bytes)
+    limit = max(plan.GROUP_BYTES // row_bytes, 4 * m_step) + m_step
+    row = 0
+    for expert, first, count, _ in groups.segments.tolist():
+        assert count > 0 and first == row
+        index = active.tolist().index(expert)
+        assert offsets[index] <= first and first + count <= offsets[index + 1]
+        row += count
+    assert row == offsets[-1]
+    assert groups.bounds.tolist() == sorted(set(groups.bounds.tolist())), "no empty group"
+    assert groups.bounds[0] == 0 and groups.bounds[-1] == len(groups.segments)
+    sizes = []
+    for begin, end in zip(groups.bounds[:-1], groups.bounds[1:], strict=True):
+        mine = groups.segments[begin:end]
+        assert len(set(mine[:, 0].tolist())) == len(mine), "one expert's segments may not meet in a group"
+        blocks = [plan.ceil_div(int(count), m_step) for count in mine[:, 2]]
+        assert mine[:, 3].tolist() == [sum(blocks[:i]) for i in range(len(blocks))]
+        assert sum(blocks) * m_step <= limit
+        sizes.append((int(mine[:, 2].sum()), sum(blocks)))
+    assert groups.rows == max((size for size, _ in sizes), default=0)
+    assert groups.blocks == max((blocks for _, blocks in sizes), default=0)
+    assert groups.segment_rows == max((int(count) for count in groups.segments[:, 2]), default=0)
