@@ -95,7 +95,7 @@ struct GemmF32 {
     for (int64_t row = 0; row < rows; row += S.m_step)
       with_rows(smaller(S.m_step, rows - row), [&]<int R>() {
         for (int64_t column = 0; column < kStrip; column += kWidth)
-          accumulate<R>(a + row, a_stride, b + column, k, c + row * kStrip + column, [](int64_t) {});
+          accumulate<R>(a + row, a_stride, b + column, k, c + row * kStrip + column, nullptr, 0);
       });
   }
 
@@ -139,20 +139,19 @@ struct GemmF32 {
           const float* a = panel + b * block_elements(k) + first * kKStep * S.m_step;
           for (int64_t column = 0; column < kStrip; column += kWidth)
             accumulate<R>(a, S.m_step, scratch + column, smaller(count * kKStep, k - first * kKStep),
-                          strip + blocks.begin(b) * kStrip + column, [&](int64_t block) {
-                            if (column == 0) ahead.fetch(b, block);
-                          });
+                          strip + blocks.begin(b) * kStrip + column, column == 0 ? &ahead : nullptr, b);
         });
     }
   }
 
-  // One register block; fetch(i) is called before the i-th 32 steps.
-  template <int R, class Fetch>
-  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, Fetch&& fetch) {
+  // One register block. The sums are the same with and without `ahead`, which only prefetches.
+  template <int R>
+  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, const Ahead* ahead,
+                         int64_t sweep) {
     Float sum[R][2];
     load_sums<R>(c, sum);
     for (int64_t first = 0; first < k; first += kKStep) {
-      fetch(first / kKStep);
+      if (ahead) ahead->fetch(sweep, first / kKStep);
       for (int64_t i = first; i < smaller(first + kKStep, k); ++i)
         fma_row<R>(a + i * a_stride, V::load(b + i * kStrip), V::load(b + i * kStrip + kLanes), sum);
     }

@@ -156,6 +156,7 @@ class Rounds:
 
     def prepare(self, contenders: Iterable[Contender], skipped: dict[str, str]) -> list[Measurement]:
         """First calls: compile, check, and see how much memory they take. A peer that fails is noted in ``skipped``."""
+        gc.collect()  # what a former workload left would be freed in the middle of a measurement
         batch = next(self._inputs)
         results: dict[str, Tensor] = {}
         measurements = []
@@ -217,7 +218,6 @@ def _first_call(contender: Contender, batch: Batch, training: bool) -> tuple[Mea
     if contender.isa is not None:
         call_once(contender, batch, training)  # what is compiled now would count as memory of the call
     arenas.release()
-    gc.collect()
     start = machine.start_peak()
     with watch() as trace:
         _, out = call_once(contender, batch, training)
