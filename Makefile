@@ -1,5 +1,6 @@
 # make demo   set everything up and fine-tune a small model      make test    set up and run the tests
 # make check  formatting, lint and types                         make clean   remove what make made
+# make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow check format setup clean compiler
+.PHONY: demo test test-slow sanitize check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -19,6 +20,14 @@ test: setup compiler
 
 test-slow: setup compiler
 	$(BIN)/python -m pytest -m slow
+
+# The sanitizers' runtimes must come first in the process. Leaks are not looked for: the interpreter keeps what it
+# has until its end, and the kernels allocate nothing. The cache is apart: its keys don't know of the sanitizers.
+sanitize: setup compiler
+	JITMOE_CXX=tests/sanitizing-c++ ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -m "not slow" -o cache_dir=out/sanitize tests/test_matrix.py tests/test_amx.py \
+	  -k "(ragged_65 or no_lora or tails or padding) and not avx2 and not groups"
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import jitmoe.kernels  # noqa: F401  its checks belong to what this machine can execute
 from jitmoe.build import build
 from jitmoe.config import MoEConfig
 

@@ -13,7 +13,7 @@ from jitmoe import cache, cpu, plan, render, settings, toolchain
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError
 from jitmoe.plan import Shape
-from jitmoe.render import Instance
+from jitmoe.render import Instance, Program
 from jitmoe.toolchain import Compiler
 
 ABI_VERSION = 1
@@ -35,7 +35,7 @@ class KernelReport:
         seconds: wall time to compile it, or to find and check it.
     """
 
-    shape: Shape
+    shape: Shape | Program
     key: str
     path: Path
     status: str
@@ -62,7 +62,7 @@ class BuildReport:
         rows = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
         for kernel in self.kernels:
             figures = (str(kernel.m_step), kernel.status, f"{kernel.seconds:.2f}", str(kernel.path))
-            rows.append((kernel.shape.name, kernel.isa, *figures))
+            rows.append((kernel.shape.name, cpu.describe(kernel.isa), *figures))
         return table(rows)
 
 

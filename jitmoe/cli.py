@@ -256,7 +256,8 @@ def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
     except JitmoeError as error:
         problems.append(f"JITMOE_ISA: {error}")
         chosen = "none"
-    rows = [("cpu", cpu.detect().model), ("isa", f"{chosen} (asked for: {wanted})")]
+    shown = chosen if chosen == "none" else cpu.describe(chosen)
+    rows = [("cpu", cpu.detect().model), ("isa", f"{shown} (asked for: {wanted})")]
     for capability in cpu.capabilities():
         rows.append((f"  {capability.isa}", f"{'yes' if capability.usable else 'no '}  {capability.reason}"))
     threads = settings.get("omp_threads") or "not set"

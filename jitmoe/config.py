@@ -7,7 +7,7 @@ from typing import Any
 from jitmoe import settings
 from jitmoe.errors import ConfigError
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "ref")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "ref")
 """Instruction sets with kernels, best first; ``ref`` is scalar C++ that any CPU runs."""
 
 LORA_DTYPES = ("float32", "bfloat16")

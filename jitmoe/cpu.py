@@ -2,12 +2,14 @@
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import llvmlite.binding
 
+from jitmoe import settings
 from jitmoe.config import ISAS
 from jitmoe.errors import IsaError
 
@@ -23,8 +25,17 @@ REQUIRED_FEATURES: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "ref": (),
 }
-"""CPU features that each instruction set's kernels may use, in LLVM's spelling; best set first.
-It also names sets for which this version has no kernels, so that their absence is reported as such."""
+"""CPU features that each instruction set's kernels may use, in LLVM's spelling; best set first."""
+
+EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
+"""Features whose instructions the emulator executes, where ``JITMOE_EMULATE`` turns it on."""
+
+Check = Callable[[], str | None]
+"""Makes something usable in this process; returns what failed, or None."""
+
+CHECKS: dict[str, Check] = {}
+"""What must succeed beyond CPUID before an instruction set is used, by its name, and "emulator" for the emulator.
+Filled by :mod:`jitmoe.kernels`, which may load libraries; each is cheap to repeat."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,15 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether the kernels of ``isa`` can run here; ``reason`` says why not, or what was checked."""
+    """Whether the kernels of ``isa`` can run here; ``reason`` says why not, or what was checked.
+
+    ``emulated``: some of their instructions are executed by the emulator.
+    """
 
     isa: str
     usable: bool
     reason: str
+    emulated: bool = False
 
 
 @cache
@@ -72,12 +87,26 @@ def capabilities(cpu: Cpu | None = None) -> tuple[Capability, ...]:
 
 def _capability(isa: str, cpu: Cpu) -> Capability:
     missing = missing_features(isa, cpu)
-    if missing:
-        return Capability(isa, False, f"the CPU or the operating system does not offer {', '.join(missing)}")
-    if isa not in ISAS:
-        return Capability(isa, False, "the CPU offers it, but this version of jitmoe has no kernels for it")
-    needed = ", ".join(REQUIRED_FEATURES[isa]) or "no special features"
-    return Capability(isa, True, f"needs {needed}")
+    fault = f"the CPU or the operating system does not offer {', '.join(missing)}" if missing else _failed_check(isa)
+    if fault is None:
+        return Capability(isa, True, f"needs {', '.join(REQUIRED_FEATURES[isa]) or 'no special features'}")
+    emulation = settings.get("emulate") or "0"
+    could_be_emulated = EMULATED_FEATURES & set(REQUIRED_FEATURES[isa]) and set(missing) <= EMULATED_FEATURES
+    if emulation == "0" or not could_be_emulated:
+        return Capability(isa, False, fault)
+    broken = _failed_check("emulator")
+    if broken is not None:
+        return Capability(isa, False, f"{fault}, and {broken}")
+    return Capability(isa, True, f"emulated (JITMOE_EMULATE={emulation}): {fault}", emulated=True)
+
+
+def _failed_check(name: str) -> str | None:
+    return CHECKS[name]() if name in CHECKS else None
+
+
+def describe(isa: str) -> str:
+    """``isa``, with the word "emulated" where it is."""
+    return f"{isa} (emulated)" if _capability(isa, detect()).emulated else isa
 
 
 def missing_features(isa: str, cpu: Cpu) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from jitmoe.build import table
 from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.memory import ITEM_BYTES, CallSize, plan_backward, plan_forward, row_bytes
-from jitmoe.pack import packed_elements
-from jitmoe.plan import Shape, plan_groups, plan_kernels
+from jitmoe.plan import Shape, packed_elements, plan_groups, plan_kernels
 
 MAX_TOKENS = 1 << 24
 """Tokens of one call that an estimate is made for."""

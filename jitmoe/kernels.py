@@ -1,33 +1,36 @@
 """Compiled kernels as Python functions; the only module that speaks ctypes."""
 
 import ctypes
+import errno
+import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jitmoe import cpu, settings
 from jitmoe.build import ensure
-from jitmoe.errors import KernelError
+from jitmoe.errors import BuildError, CacheSecurityError, IsaError, KernelError
 from jitmoe.plan import Shape
-from jitmoe.render import render
+from jitmoe.render import read_program, render
 
 ABI_VERSION = 1
 
 _POINTERS_IN = """
-    x out_grad gate_weights up_weights down_weights
-    gate_lora_a gate_lora_b up_lora_a up_lora_b down_lora_a down_lora_b
-    gate_lora_a_grad gate_lora_b_grad up_lora_a_grad up_lora_b_grad down_lora_a_grad down_lora_b_grad
-    saved_gate saved_up result result_float weights_grad
-    row_token row_slot row_weight segments group_segments
-""".split()
-_NUMBERS = "groups tokens rank threads".split()
-_FUNCTIONS = "gather_rows sum_rows".split()
+    x out_grad gate_weights up_weights down_weights gate_lora_a gate_lora_b up_lora_a up_lora_b
+    down_lora_a down_lora_b gate_lora_a_grad gate_lora_b_grad up_lora_a_grad up_lora_b_grad
+    down_lora_a_grad down_lora_b_grad saved_gate saved_up result result_float weights_grad row_token
+    row_slot row_weight segments group_segments
+""".split()  # noqa: SIM905
+_NUMBERS = ["groups", "tokens", "rank", "threads"]
+_FUNCTIONS = ["gather_rows", "sum_rows"]
 SCRATCH = """
-    sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low
-    gate_low_rows up_low_rows down_low_rows gate_in_rows up_in_rows down_in_rows
-    dot_parts group_gate group_up thread_weights thread_strips thread_rows thread_block
-""".split()
-_STRIDES = "weights_stride strips_stride rows_stride block_stride".split()
+    sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low gate_low_rows
+    up_low_rows down_low_rows gate_in_rows up_in_rows down_in_rows dot_parts group_gate group_up
+    thread_weights thread_strips thread_rows thread_block
+""".split()  # noqa: SIM905
+_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "block_stride"]
 
 
 class Call(ctypes.Structure):
@@ -81,8 +84,113 @@ class Kernels:
 
 @cache
 def load(shape: Shape) -> Kernels:
-    """Kernels of ``shape``, compiled at first use and kept for the life of the process."""
+    """Kernels of ``shape``, compiled at first use and kept for the life of the process.
+
+    Raises:
+        IsaError: if this machine cannot execute them.
+    """
+    cpu.resolve_isa(shape.isa)
     return Kernels(ensure(render(shape)))
+
+
+class EmulatorLibrary:
+    """A shared library with ``int jitmoe_emulator_install(void)``; ours also counts.
+
+    Raises:
+        IsaError: if it cannot be loaded or exports no such function.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise IsaError(f"the emulator {path} cannot be loaded: {error}") from error
+        self._install = self._find("jitmoe_emulator_install", ctypes.c_int)
+
+    def install(self) -> None:
+        """Take SIGILL for the whole process; again is the same.
+
+        Raises:
+            IsaError: if it refuses: the CPU lacks AVX2 and FMA, or another handler was put over it.
+        """
+        status = self._install()
+        if status:
+            raise IsaError(f"the emulator {self.path} could not be installed: {os.strerror(status)}")
+
+    def read_counts(self) -> list[int]:
+        """The counters in the order of :class:`jitmoe.emulator.Counts`."""
+        counts = self._find("jitmoe_emulator_counts", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+        values = (ctypes.c_uint64 * counts(None, 0))()
+        counts(values, len(values))
+        return list(values)
+
+    def reset_counts(self) -> None:
+        """Set all counters to zero."""
+        self._find("jitmoe_emulator_reset", None)()
+
+    def _find(self, name: str, result: Any, *arguments: Any) -> Any:
+        try:
+            function = getattr(self._library, name)
+        except AttributeError:
+            raise IsaError(f"the emulator {self.path} does not export {name}") from None
+        function.restype, function.argtypes = result, list(arguments)
+        return function
+
+
+@cache
+def emulator() -> EmulatorLibrary:
+    """Our emulator, compiled at first use and loaded, but not installed.
+
+    Raises:
+        BuildError: if it cannot be compiled.
+    """
+    return EmulatorLibrary(ensure(read_program("emulator", "ref")))
+
+
+def _install_emulator() -> str | None:
+    """Check "emulator" of :mod:`jitmoe.cpu`: install the one that ``JITMOE_EMULATE`` asks for."""
+    wanted = settings.get("emulate")
+    try:
+        (emulator() if wanted == "1" else EmulatorLibrary(Path(wanted))).install()
+    except (IsaError, BuildError, CacheSecurityError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def _check_tiles() -> str | None:
+    """Check "amx": palettes, the kernel's permission for this process, and a product in a child process."""
+    try:
+        library = ctypes.CDLL(str(ensure(read_program("probe", "amx"))))
+    except (BuildError, CacheSecurityError) as error:
+        return f"the test of its tiles cannot be compiled: {error}"
+    if library.jitmoe_tile_palettes() < 1:
+        return "CPUID reports no palette of tiles"
+    return tile_permission_fault(library.jitmoe_request_tiles()) or tile_test_fault(library.jitmoe_test_tiles())
+
+
+def tile_permission_fault(status: int) -> str | None:
+    """What the errno of arch_prctl(ARCH_REQ_XCOMP_PERM) means; None for 0."""
+    if status == errno.ENOSPC:
+        return (
+            "the kernel refuses tile registers (arch_prctl: ENOSPC): a thread of this process has an alternate signal "
+            "stack (sigaltstack) too small for them; make it at least getauxval(AT_MINSIGSTKSZ) bytes, or import "
+            "jitmoe and build a layer before that thread starts"
+        )
+    return f"the kernel refuses tile registers (arch_prctl: {os.strerror(status)})" if status else None
+
+
+def tile_test_fault(verdict: int) -> str | None:
+    """What the result of ``jitmoe_test_tiles`` means; None for 0."""
+    if verdict > 0:
+        return f"the self-test of its tiles was killed by {signal.Signals(verdict).name}"
+    return {0: None, -1: "the self-test of its tiles gave a wrong product"}.get(
+        verdict, "no process could be started for the self-test of its tiles"
+    )
+
+
+cpu.CHECKS |= {"amx": _check_tiles, "emulator": _install_emulator}
 
 
 def number_function(path: Path, name: str, arguments: int) -> Callable[..., float]:

@@ -11,7 +11,7 @@ from torch import nn
 from jitmoe import kernels
 from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction, versions_of
 from jitmoe.config import MoEConfig
-from jitmoe.cpu import resolve_isa
+from jitmoe.cpu import describe, resolve_isa
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.pack import ExpertSource, Seal, check_base, empty_packed, pack_experts, unpack_experts
 from jitmoe.plan import plan_kernels
@@ -109,7 +109,7 @@ class MoELayer(nn.Module):
                 raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
         lora = self._lora()
         context = self._context(topk_ids.reshape(-1, top_k), x, weights, lora)
-        out: torch.Tensor = MoEFunction.apply(
+        out: torch.Tensor = MoEFunction.apply(  # type: ignore[no-untyped-call]
             context, x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k), *lora
         )
         return out.reshape(x.shape)
@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
         c = self.config
         return (
             f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
-            f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={self.isa}"
+            f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
         )
 
     def _context(
@@ -183,7 +183,7 @@ class MoELayer(nn.Module):
         return (self.config.num_experts, rank, in_) if name.endswith("_a") else (self.config.num_experts, out, rank)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.unpack().items()})
 
     def _load_from_state_dict(

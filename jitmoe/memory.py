@@ -177,7 +177,9 @@ def prove(plan: MemoryPlan) -> MemoryPlan:
     """
     for i, one in enumerate(plan.placed):
         if one.offset < 0 or one.end > plan.nbytes or one.offset % ALIGNMENT:
-            raise PlanError(f"buffer {one.buffer.name} at {one.offset}..{one.end} leaves the arena of {plan.nbytes} bytes")
+            raise PlanError(
+                f"buffer {one.buffer.name} at {one.offset}..{one.end} leaves the arena of {plan.nbytes} bytes"
+            )
         for other in plan.placed[i + 1 :]:
             overlap = one.offset < other.end and other.offset < one.end
             if overlap and one.buffer.meets(other.buffer) and one.buffer.nbytes and other.buffer.nbytes:
@@ -195,8 +197,14 @@ def _sums(shape: Shape, size: CallSize, last: int) -> Buffer:
 
 def _panel(name: str, shape: Shape, size: CallSize, columns: int, first: int, last: int) -> Buffer:
     dtype = operand_dtype(shape)
-    padded = columns if dtype == "float32" else round_up(columns, 2)
-    return Buffer(name, (size.blocks * shape.m_step, padded), dtype, first, last)
+    return Buffer(name, (size.blocks * shape.m_step, round_up(columns, _column_step(shape))), dtype, first, last)
+
+
+def _column_step(shape: Shape) -> int:
+    """What the rows of a panel are padded to: whole tiles, pairs, or nothing."""
+    if shape.isa == "amx":
+        return K_STEP
+    return 2 if shape.isa in PAIRED_OPERANDS else 1
 
 
 def _low_rank(shape: Shape, size: CallSize, lives: dict[str, tuple[int, int]]) -> list[Buffer]:
@@ -216,7 +224,10 @@ def _thread_buffers(shape: Shape, size: CallSize, strips: int, last: int) -> lis
 
 
 def _weights_items(shape: Shape) -> int:
-    return max(CHUNK, shape.padded_rank) * N_STRIP
+    """Weights expanded or paired, and one strip of a LoRA matrix; on AMX pairs of the whole contraction."""
+    longest = round_up(max(shape.hidden, shape.intermediate), K_STEP)
+    chunk = longest // 2 if shape.isa == "amx" else CHUNK
+    return max(chunk, shape.padded_rank) * N_STRIP
 
 
 def _gathered_items(shape: Shape, size: CallSize) -> int:

@@ -9,18 +9,13 @@ from torch.autograd.graph import increment_version
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
 from jitmoe.experts import usable_threads
 from jitmoe.kernels import Kernels
-from jitmoe.plan import K_STEP, N_STRIP, ceil_div
+from jitmoe.plan import packed_elements
 from jitmoe.workspace import allocate
 
 ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Tensor]
 """Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of
 E matrices, or a function from the expert's number to its matrix, which is called once per expert and
 whose result is let go before the next call."""
-
-
-def packed_elements(out: int, in_: int) -> int:
-    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in pack.hpp."""
-    return ceil_div(out, N_STRIP) * N_STRIP * ceil_div(in_, K_STEP) * K_STEP
 
 
 def empty_packed(experts: int, out: int, in_: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ All shape arithmetic lives here, on frozen, printable objects. Nothing is alloca
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ N_STRIP = 32
 """Output columns of one strip of packed weights."""
 
 M_STEPS: dict[str, tuple[int, ...]] = {
+    "amx": (16, 32),
     "avx512_bf16": (14,),
     "avx512": (4, 14),
     "avx2": (3, 6),
@@ -25,14 +27,18 @@ M_STEPS: dict[str, tuple[int, ...]] = {
 }
 """Rows of a register block, per instruction set, ascending. Many rows fill the registers with accumulators:
 14 x 2 of 32 vectors on AVX-512, 6 x 2 of 16 on AVX2. Few rows leave room to expand the weights in registers
-instead of sweeping an expanded panel; VDPBF16PS needs no expansion."""
+instead of sweeping an expanded panel; VDPBF16PS needs no expansion. On AMX they are one or two tiles."""
 
-PAIRED_OPERANDS = ("avx512_bf16",)
+PAIRED_OPERANDS = ("amx", "avx512_bf16")
 """Instruction sets whose panels hold pairs of bfloat16; the panels of the others are float32."""
 
 FEW_ROWS = 4
-"""Mean rows per active expert up to which the smallest M_STEP is taken."""
+"""Mean rows per active expert up to which the smallest M_STEP is taken; on AMX the smallest of AVX-512, whose kernel
+is bound by the reading of the weights as well and needs no tiles."""
 
+ONE_TILE_ROWS = 8
+"""Mean rows per active expert up to which M_STEP is 16 on AMX: hardly an expert then has more rows, and with 32 half
+of each panel would be empty."""
 
 GROUP_BYTES = 24 << 20
 """Panels of one group: rows of several experts that go through the steps together."""
@@ -46,6 +52,11 @@ def ceil_div(value: int, step: int) -> int:
 def round_up(value: int, step: int) -> int:
     """Smallest multiple of ``step`` that is not below ``value``."""
     return ceil_div(value, step) * step
+
+
+def packed_elements(out: int, in_: int) -> int:
+    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in pack.hpp."""
+    return round_up(out, N_STRIP) * round_up(in_, K_STEP)
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """The kernels of one config on one instruction set, smallest M_STEP first."""
+    """The kernels of one config on one instruction set, that for the fewest rows first."""
 
     config: MoEConfig
     isa: str
@@ -76,8 +87,11 @@ class KernelPlan:
 
     def select(self, rows: int, active_experts: int) -> Shape:
         """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts."""
-        few = rows <= FEW_ROWS * active_experts and not self.config.batch_invariant
-        return self.shapes[0] if few else self.shapes[-1]
+        if self.config.batch_invariant:
+            return self.shapes[-1]
+        limits = (FEW_ROWS, ONE_TILE_ROWS) if self.isa == "amx" else (FEW_ROWS,)
+        passed = sum(rows > limit * active_experts for limit in limits)
+        return self.shapes[min(passed, len(self.shapes) - 1)]
 
 
 def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> KernelPlan:
@@ -89,21 +103,23 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
         ConfigError: if ``config.m_step`` is not a register block of that instruction set.
     """
     assert isa in ISAS
-    steps = M_STEPS[isa]
+    blocks = [(isa, step) for step in M_STEPS[isa]]
     if config.m_step is not None:
-        if config.m_step not in steps:
-            raise ConfigError(f"m_step must be one of {steps} on {isa}, got {config.m_step}")
-        steps = (config.m_step,)
+        if config.m_step not in M_STEPS[isa]:
+            raise ConfigError(f"m_step must be one of {M_STEPS[isa]} on {isa}, got {config.m_step}")
+        blocks = [(isa, config.m_step)]
+    elif isa == "amx" and not config.batch_invariant:
+        blocks.insert(0, ("avx512", M_STEPS["avx512"][0]))
     shapes = tuple(
         Shape(
-            isa=isa,
+            isa=block_isa,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             padded_rank=round_up(config.lora_rank, K_STEP),
             m_step=step,
             lora_bf16=(lora_dtype or config.lora_dtype) == "bfloat16",
         )
-        for step in steps
+        for block_isa, step in blocks
     )
     return KernelPlan(config, isa, shapes)
 
@@ -127,9 +143,7 @@ class Groups:
     segment_rows: int
 
 
-def plan_groups(
-    active: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], m_step: int, row_bytes: int
-) -> Groups:
+def plan_groups(active: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], m_step: int, row_bytes: int) -> Groups:
     """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit :data:`GROUP_BYTES`.
 
     An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
@@ -142,7 +156,7 @@ def plan_groups(
     for expert, begin, end in zip(active.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         pieces = ceil_div(end - begin, limit)
         cuts = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             more = ceil_div(last - first, m_step)
             if blocks and ((blocks + more) * m_step > limit or segments[-1][0] == expert):
                 bounds.append(len(segments))

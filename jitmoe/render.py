@@ -13,10 +13,19 @@ INSTANCE_TEMPLATE = "instance.cpp.in"
 
 
 @dataclass(frozen=True)
-class Instance:
-    """A rendered kernel: its shape and the C++ text to compile."""
+class Program:
+    """C++ beside the kernels, compiled and cached like them; stands where a kernel has its shape."""
 
-    shape: Shape
+    name: str
+    isa: str
+    m_step: int = 0
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A rendered kernel, or another program: what it is and the C++ text to compile."""
+
+    shape: Shape | Program
     text: str
 
 
@@ -42,3 +51,8 @@ def render(shape: Shape) -> Instance:
         lora_bf16=str(shape.lora_bf16).lower(),
     )
     return Instance(shape, text)
+
+
+def read_program(name: str, isa: str) -> Instance:
+    """The program ``name``.cpp of the templates, to be compiled with the flags of ``isa``."""
+    return Instance(Program(name, isa), (template_dir() / f"{name}.cpp").read_text(encoding="utf-8"))

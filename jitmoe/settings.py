@@ -20,6 +20,9 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "isa": Setting("JITMOE_ISA", str, None, "overrides config.isa of every layer"),
+    "emulate": Setting(
+        "JITMOE_EMULATE", str, None, "1: execute AMX and AVX512-BF16 in software; or the path of another emulator"
+    ),
     "cache_dir": Setting("JITMOE_CACHE_DIR", Path, None, "where compiled kernels are kept"),
     "compile_timeout": Setting("JITMOE_COMPILE_TIMEOUT", float, 120.0, "seconds one compiler run may take"),
     "cxx": Setting("JITMOE_CXX", str, None, "the C++ compiler, before $CXX, g++ and clang++"),

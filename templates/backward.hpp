@@ -33,8 +33,9 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     auto* out_block = this->panel(call.out_panel, block.index, S.hidden);
     this->gather_block(call.out_grad, block, out_block);
     if (call.rank)
-      low_rank_block<S, Gemm>(out_block, block.rows, S.hidden, this->down_b(block.segment->expert).along_rows(),
-                              call.rank, this->scale(), this->low(call.down_low, block.index),
+      low_rank_block<S, Gemm>(out_block, block.rows, S.hidden,
+                              this->down_b(block.segment->expert).along_rows(), call.rank, this->scale(),
+                              this->low(call.down_low, block.index),
                               this->low_rows(call.down_low_rows, block.row), call.row_weight + block.row);
     if (recomputes() || wants_lora()) {
       auto* x_block = recomputes() ? this->panel(call.x_panel, block.index, S.hidden)
@@ -58,8 +59,9 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                    scratch.weights);
     Gemm::settle(out, segment.rows);
     if (call.rank)
-      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
-                            this->down_a(segment.expert).along_columns(), column, columns, out, scratch.weights);
+      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step),
+                            call.rank, this->down_a(segment.expert).along_columns(), column, columns, out,
+                            scratch.weights);
     load_columns(gate_of(segment), segment.rows, column, columns, gates);
     load_columns(up_of(segment), segment.rows, column, columns, ups);
     clear_padding(out, segment.rows, columns);
@@ -74,12 +76,12 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     if (!wants_lora()) return;
     this->store_panel(acts, segment, column, columns, call.act_panel);
     const int64_t a_at = segment.expert * call.rank * S.intermediate;  // also the size of gate's and up's B
-    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), segment.rows, call.rank, acts, column, columns,
-                     S.intermediate, call.down_lora_a_grad + a_at, scratch.weights);
-    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), segment.rows, call.rank, gates, column, columns,
-                     call.gate_lora_b_grad + a_at, scratch.weights);
-    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), segment.rows, call.rank, ups, column, columns,
-                     call.up_lora_b_grad + a_at, scratch.weights);
+    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), segment.rows, call.rank, acts, column,
+                     columns, S.intermediate, call.down_lora_a_grad + a_at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), segment.rows, call.rank, gates, column,
+                     columns, call.gate_lora_b_grad + a_at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), segment.rows, call.rank, ups, column,
+                     columns, call.up_lora_b_grad + a_at, scratch.weights);
   }
 
   // 32 columns of a saved [rows, I] matrix as float32, zeros beyond its edge.
@@ -125,18 +127,19 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       call.weights_grad[call.row_slot[row]] = sum;
     }
     if (!call.rank) return;
-    low_rank_block<S, Gemm>(this->panel(call.gate_panel, block.index, S.intermediate), block.rows, S.intermediate,
-                            this->gate_b(expert).along_rows(), call.rank, this->scale(),
-                            this->low(call.gate_low, block.index), this->low_rows(call.gate_low_rows, block.row),
+    low_rank_block<S, Gemm>(this->panel(call.gate_panel, block.index, S.intermediate), block.rows,
+                            S.intermediate, this->gate_b(expert).along_rows(), call.rank, this->scale(),
+                            this->low(call.gate_low, block.index),
+                            this->low_rows(call.gate_low_rows, block.row), nullptr);
+    low_rank_block<S, Gemm>(this->panel(call.up_panel, block.index, S.intermediate), block.rows,
+                            S.intermediate, this->up_b(expert).along_rows(), call.rank, this->scale(),
+                            this->low(call.up_low, block.index), this->low_rows(call.up_low_rows, block.row),
                             nullptr);
-    low_rank_block<S, Gemm>(this->panel(call.up_panel, block.index, S.intermediate), block.rows, S.intermediate,
-                            this->up_b(expert).along_rows(), call.rank, this->scale(),
-                            this->low(call.up_low, block.index), this->low_rows(call.up_low_rows, block.row), nullptr);
     if (wants_lora())
-      low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows, S.intermediate,
-                              this->down_a(expert).along_columns(), call.rank, this->scale(),
-                              this->low(call.down_low, block.index), this->low_rows(call.down_in_rows, block.row),
-                              call.row_weight + block.row);
+      low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows,
+                              S.intermediate, this->down_a(expert).along_columns(), call.rank, this->scale(),
+                              this->low(call.down_low, block.index),
+                              this->low_rows(call.down_in_rows, block.row), call.row_weight + block.row);
   }
 
   void x_grad(const Segment& segment, int64_t next_expert, int64_t strip) const {
@@ -153,9 +156,11 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       if (call.rank) {
         const RowBlocks blocks(segment.rows, S.m_step);
         add_low_rank<S, Gemm>(this->low(call.gate_low, segment.block), blocks, call.rank,
-                              this->gate_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
+                              this->gate_a(segment.expert).along_columns(), column, columns, sum,
+                              scratch.weights);
         add_low_rank<S, Gemm>(this->low(call.up_low, segment.block), blocks, call.rank,
-                              this->up_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
+                              this->up_a(segment.expert).along_columns(), column, columns, sum,
+                              scratch.weights);
       }
       this->add_to_tokens(segment, strip, sum, 0);
     }
@@ -164,8 +169,8 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   void add_base(const Segment& segment, void* panel, const bf16* blocks, const bf16* next, float* sum) const {
     const Weights weights{blocks, next, packed_elements(kStrip, S.hidden)};
-    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights, sum,
-                   scratch.weights);
+    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights,
+                   sum, scratch.weights);
   }
 
   // Gradients of the three parameters that have H as an axis.
@@ -175,16 +180,17 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     gather_strip(call.x, segment, column, columns, values);
     add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values, column,
                      columns, S.hidden, call.gate_lora_a_grad + at, scratch.weights);
-    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values, column, columns,
-                     S.hidden, call.up_lora_a_grad + at, scratch.weights);
+    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values, column,
+                     columns, S.hidden, call.up_lora_a_grad + at, scratch.weights);
     gather_strip(call.out_grad, segment, column, columns, values);
-    add_b_grad<Gemm>(this->low_rows(call.down_in_rows, segment.row), segment.rows, call.rank, values, column, columns,
-                     call.down_lora_b_grad + at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.down_in_rows, segment.row), segment.rows, call.rank, values, column,
+                     columns, call.down_lora_b_grad + at, scratch.weights);
   }
 
-  void gather_strip(const bf16* tokens, const Segment& segment, int64_t column, int64_t columns, float* strip) const {
-    call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns, scratch.rows,
-                     kStrip);
+  void gather_strip(const bf16* tokens, const Segment& segment, int64_t column, int64_t columns,
+                    float* strip) const {
+    call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns,
+                     scratch.rows, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row)
       for (int64_t c = 0; c < kStrip; ++c)
         strip[row * kStrip + c] = c < columns ? to_float(scratch.rows[row * kStrip + c]) : 0.0f;
@@ -211,9 +217,12 @@ template <Shape S, class Gemm>
 void run_backward(const Call& call) {
 #pragma omp parallel num_threads(static_cast<int>(call.threads))
   {
+    [[maybe_unused]] const FloatMode mode;
+    [[maybe_unused]] const ThreadState<Gemm> state;
     const ThreadScratch scratch(call);
     if (call.sums) clear_sums<S>(call);
-    for (int64_t g = 0; g < call.groups; ++g) backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
+    for (int64_t g = 0; g < call.groups; ++g)
+      backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
     if (call.sums) write_result<S>(call);
   }
 }

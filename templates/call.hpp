@@ -17,11 +17,11 @@ struct Segment {
   int64_t block;  // its first row block in the panels of the group
 };
 
-using GatherRows = void (*)(const bf16* x, int64_t x_stride, const int64_t* row_token, int64_t rows, int64_t column,
-                            int64_t columns, bf16* out, int64_t out_stride);
-using SumRows = void (*)(const float* values, int64_t values_stride, const int64_t* row_token, const float* row_weight,
-                         int64_t weighted, int64_t rows, int64_t column, int64_t columns, float* out,
-                         int64_t out_stride);
+using GatherRows = void (*)(const bf16* x, int64_t x_stride, const int64_t* row_token, int64_t rows,
+                            int64_t column, int64_t columns, bf16* out, int64_t out_stride);
+using SumRows = void (*)(const float* values, int64_t values_stride, const int64_t* row_token,
+                         const float* row_weight, int64_t weighted, int64_t rows, int64_t column,
+                         int64_t columns, float* out, int64_t out_stride);
 
 struct Call {
   // Tensors of the caller; T tokens, S rows (kept slots), H hidden, I intermediate, r rank.
@@ -44,8 +44,8 @@ struct Call {
   float* down_lora_b_grad;
   bf16* saved_gate;     // [S, I] before the activation; written by forward where not null
   bf16* saved_up;       // [S, I]
-  bf16* result;          // [T, H] out in forward, the gradient of x in backward; one of the two is null,
-  float* result_float;   // both if no gradient of x is wanted
+  bf16* result;         // [T, H] out in forward, the gradient of x in backward; one of the two is null,
+  float* result_float;  // both if no gradient of x is wanted
   float* weights_grad;  // [T * K], zero before the call
   // Routing.
   const int64_t* row_token;  // [S]
@@ -61,13 +61,13 @@ struct Call {
   GatherRows gather_rows;
   SumRows sum_rows;
   // Scratch, one pointer a buffer; plan.py has sizes and lifetimes. Panels are row block after row block.
-  float* sums;        // [strips of H, T, 32] token sums: a strip belongs to one thread
-  void* x_panel;      // [rows, H] of x; in backward only where gate and up are computed again
-  void* out_panel;    // [rows, H] of the gradient of out
-  void* act_panel;    // [rows, I] of a = silu(gate) * up
-  void* gate_panel;   // [rows, I] of the gradient before the activation
+  float* sums;       // [strips of H, T, 32] token sums: a strip belongs to one thread
+  void* x_panel;     // [rows, H] of x; in backward only where gate and up are computed again
+  void* out_panel;   // [rows, H] of the gradient of out
+  void* act_panel;   // [rows, I] of a = silu(gate) * up
+  void* gate_panel;  // [rows, I] of the gradient before the activation
   void* up_panel;
-  float* gate_low;    // low-rank products, [blocks, r, m_step], right operands of the LoRA K-step ...
+  float* gate_low;  // low-rank products, [blocks, r, m_step], right operands of the LoRA K-step ...
   float* up_low;
   float* down_low;
   float* gate_low_rows;  // ... and the same as rows [rows, r] for the gradients of A
@@ -75,14 +75,14 @@ struct Call {
   float* down_low_rows;  // times the routing weight
   float* gate_in_rows;   // [rows, r] of s x A^T for the gradients of B
   float* up_in_rows;
-  float* down_in_rows;   // [rows, r] of s a A^T times the routing weight
-  float* dot_parts;      // [rows, strips of I] parts of the gradient of the routing weights
-  bf16* group_gate;      // [rows, I] gate and up where they are computed again
+  float* down_in_rows;  // [rows, r] of s a A^T times the routing weight
+  float* dot_parts;     // [rows, strips of I] parts of the gradient of the routing weights
+  bf16* group_gate;     // [rows, I] gate and up where they are computed again
   bf16* group_up;
-  float* thread_weights;  // of each thread: expanded weights
-  float* thread_strips;   // strips of float32 columns
-  bf16* thread_rows;      // gathered rows
-  void* thread_block;     // one row block of x in backward
+  float* thread_weights;   // of each thread: expanded weights
+  float* thread_strips;    // strips of float32 columns
+  bf16* thread_rows;       // gathered rows
+  void* thread_block;      // one row block of x in backward
   int64_t weights_stride;  // bytes from one thread's part to the next one's
   int64_t strips_stride;
   int64_t rows_stride;

@@ -44,7 +44,8 @@ struct ForwardSteps {
 
   void gather_block(const bf16* tokens, const Block& block, Operand* target) const {
     constexpr int64_t stride = round_up(S.hidden, kKStep);
-    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows, stride);
+    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,
+                     stride);
     for (int64_t row = 0; row < block.rows; ++row)
       for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;
     Gemm::pack_rows(scratch.rows, stride, block.rows, S.hidden, target);
@@ -62,8 +63,8 @@ struct ForwardSteps {
   }
 
   // result = [x | u] . [W | B]^T for 32 columns of `out`.
-  void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel, Lora b,
-               int64_t column, int64_t out, float* result) const {
+  void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel,
+               Lora b, int64_t column, int64_t out, float* result) const {
     clear(result, segment.rows);
     Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in, weights, result, scratch.weights);
     if (call.rank)
@@ -81,8 +82,8 @@ struct ForwardSteps {
     float* ups = scratch.strip(1, segment.rows);
     project(segment, call.x_panel, S.hidden, gate_weights, call.gate_low, gate_b(expert), strip * kStrip,
             S.intermediate, gates);
-    project(segment, call.x_panel, S.hidden, up_weights, call.up_low, up_b(expert), strip * kStrip, S.intermediate,
-            ups);
+    project(segment, call.x_panel, S.hidden, up_weights, call.up_low, up_b(expert), strip * kStrip,
+            S.intermediate, ups);
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     if (gate) {
@@ -101,7 +102,8 @@ struct ForwardSteps {
         target[row * S.intermediate + column + c] = to_bf16(strip[row * kStrip + c]);
   }
 
-  void store_panel(const float* strip, const Segment& segment, int64_t column, int64_t columns, void* target) const {
+  void store_panel(const float* strip, const Segment& segment, int64_t column, int64_t columns,
+                   void* target) const {
     const RowBlocks blocks(segment.rows, S.m_step);
     for (int64_t b = 0; b < blocks.count; ++b)
       Gemm::pack_strip(strip + blocks.begin(b) * kStrip, blocks.size(b), column, columns, S.intermediate,
@@ -118,14 +120,14 @@ struct ForwardSteps {
   void down(const Segment& segment, int64_t next_expert, int64_t strip) const {
     const Weights weights{down_strip(segment.expert, strip), down_strip(next_expert, strip), kBlockElements};
     float* result = scratch.strip(0, segment.rows);
-    project(segment, call.act_panel, S.intermediate, weights, call.down_low, down_b(segment.expert), strip * kStrip,
-            S.hidden, result);
+    project(segment, call.act_panel, S.intermediate, weights, call.down_low, down_b(segment.expert),
+            strip * kStrip, S.hidden, result);
     add_to_tokens(segment, strip, result, 1);
   }
 
   void add_to_tokens(const Segment& segment, int64_t strip, const float* values, int64_t weighted) const {
-    call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted, segment.rows,
-                  0, smaller(kStrip, S.hidden - strip * kStrip), sums_of(call, strip), kStrip);
+    call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted,
+                  segment.rows, 0, smaller(kStrip, S.hidden - strip * kStrip), sums_of(call, strip), kStrip);
   }
 };
 
@@ -150,9 +152,12 @@ template <Shape S, class Gemm>
 void run_forward(const Call& call) {
 #pragma omp parallel num_threads(static_cast<int>(call.threads))
   {
+    [[maybe_unused]] const FloatMode mode;
+    [[maybe_unused]] const ThreadState<Gemm> state;
     const ThreadScratch scratch(call);
     clear_sums<S>(call);
-    for (int64_t g = 0; g < call.groups; ++g) forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
+    for (int64_t g = 0; g < call.groups; ++g)
+      forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
     write_result<S>(call);
   }
 }

@@ -4,8 +4,8 @@
 // streams it from memory once, front to back:
 //
 //              block 0 (in 0..31)      block 1 (in 32..63)
-//   strip 0   [tile 0 | tile 1]       [tile 0 | tile 1]       ...        tile 0: out 0..15, tile 1: out 16..31
-//   strip 1   [tile 0 | tile 1]       ...
+//   strip 0   [tile 0 | tile 1]       [tile 0 | tile 1]       ...        tile 0: out 0..15, tile 1:
+//   out 16..31 strip 1   [tile 0 | tile 1]       ...
 //
 //   one tile, 1 KB:   out    0        1       ...     15
 //     in  0, 1           [w00 w01] [w10 w11]  ...  [wf0 wf1]     consecutive pairs along `in` share a
@@ -25,9 +25,9 @@
 //   block_elements(k)                                       Operands of one row block
 //   pack_rows(rows, stride, count, k, block)                rows of bfloat16, zero up to a multiple of 32,
 //                                                           -> one row block
-//   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a block
-//   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
-//   backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
+//   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a
+//   block forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs,
+//   k]^T backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
 //   settle(strip, rows)                                     columns of a backward strip into natural order
 //   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
 //   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
@@ -47,17 +47,20 @@ inline constexpr int64_t kBlockElements = kStrip * kKStep;
 inline constexpr int64_t kChunk = 256;
 
 // Even cut of the rows of a segment into row blocks of at most m_step: 15 rows at m_step 14 are 8 + 7,
-// because a block of one row is bound by the latency of its additions.
+// because a block of one row is bound by the latency of its additions. Where m_step is whole tiles of 16
+// rows so is each block but the last, so that one tile at most is not full.
 struct RowBlocks {
   int64_t rows;
   int64_t count;
-  RowBlocks(int64_t rows, int64_t m_step) : rows(rows), count(ceil_div(rows, m_step)) {}
-  int64_t begin(int64_t block) const { return block * rows / count; }
+  int64_t unit;
+  RowBlocks(int64_t rows, int64_t m_step)
+      : rows(rows), count(ceil_div(rows, m_step)), unit(m_step % kTile ? 1 : kTile) {}
+  int64_t begin(int64_t block) const { return smaller(rows, block * ceil_div(rows, unit) / count * unit); }
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// The packed blocks of 2 KB that one product contracts over, `stride` elements apart: neighbours in forward, one of
-// each strip in backward. `next` is the first block of the product that this thread will do after it.
+// The packed blocks of 2 KB that one product contracts over, `stride` elements apart: neighbours in forward,
+// one of each strip in backward. `next` is the first block of the product that this thread will do after it.
 struct Weights {
   const bf16* blocks;
   const bf16* next;
@@ -71,9 +74,12 @@ struct Weights {
 class Ahead {
  public:
   Ahead(const Weights& weights, int64_t first_block, int64_t chunk_blocks, int64_t all_blocks, int64_t sweeps)
-      : chunk_(first_block + chunk_blocks < all_blocks ? weights.block(first_block + chunk_blocks) : weights.next),
+      : chunk_(first_block + chunk_blocks < all_blocks ? weights.block(first_block + chunk_blocks)
+                                                       : weights.next),
         stride_(weights.stride),
-        parts_(sweeps >= 4 ? 4 : sweeps >= 2 ? 2 : 1) {}
+        parts_(sweeps >= 4   ? 4
+               : sweeps >= 2 ? 2
+                             : 1) {}
 
   void fetch(int64_t sweep, int64_t block) const {
     if (!chunk_ || sweep >= parts_) return;
@@ -84,12 +90,17 @@ class Ahead {
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(bf16);
-  // Not the builtin: GCC 12 takes a function of nothing but prefetches for one without effect, and drops the call.
+  // Not the builtin: GCC 12 takes a function of nothing but prefetches for one without effect, and drops the
+  // call.
   static void prefetch_to_l2(const bf16* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
   const bf16* chunk_;
   int64_t stride_;
   int64_t parts_;
 };
+
+// What a back end sets up on each thread for the time of a parallel region; most need nothing.
+template <class Gemm>
+struct ThreadState {};
 
 // A LoRA matrix read as [k, rank], whichever of the two is contiguous.
 template <bool Bf16>

@@ -10,6 +10,7 @@
 // The instruction flushes denormal operands and results to zero.
 #pragma once
 #include "gemm_avx512.hpp"
+#include "pair.hpp"
 
 namespace jitmoe {
 
@@ -45,12 +46,14 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
     store_pairs(pairs, column, column + columns, block);
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip, float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
+                      float*) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(k, kKStep);
     for (int64_t first = 0; first < all; first += kForwardBlocks)
-      sweep<true>(panel, blocks, k, first, weights.block(first), Ahead(weights, first, kForwardBlocks, all, blocks.count),
-            smaller(kForwardBlocks, all - first), strip);
+      sweep<true>(panel, blocks, k, first, weights.block(first),
+                  Ahead(weights, first, kForwardBlocks, all, blocks.count),
+                  smaller(kForwardBlocks, all - first), strip);
   }
 
   static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
@@ -61,14 +64,15 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
     for (int64_t first = 0; first < all; first += kBackwardBlocks) {
       const int64_t count = smaller(kBackwardBlocks, all - first);
       for (int64_t i = 0; i < count; ++i) pair_outputs(weights.block(first + i), paired + i * kBlockElements);
-      sweep<false>(panel, blocks, n, first, paired, Ahead(weights, first, kBackwardBlocks, all, blocks.count), count, strip);
+      sweep<false>(panel, blocks, n, first, paired, Ahead(weights, first, kBackwardBlocks, all, blocks.count),
+                   count, strip);
     }
   }
 
   static void settle(float*, int64_t) {}
 
-  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
-                       float* low) {
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
+                       int64_t rank, float* low) {
     Base::low_rank_rows(
         k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
         [&](int64_t i) {
@@ -89,17 +93,19 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
 
   // All row blocks over `count` blocks of pairs, in either direction of the contraction.
   template <bool Packed>
-  static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first, const bf16* pairs,
-                    const Ahead& ahead, int64_t count, float* strip) {
+  static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
+                    const bf16* pairs, const Ahead& ahead, int64_t count, float* strip) {
     for (int64_t b = 0; b < blocks.count; ++b)
       Base::with_rows(blocks.size(b), [&]<int R>() {
-        dot<R, Packed>(panel + b * block_elements(k) + first * kTile * S.m_step, pairs, count, k - first * kKStep,
-               [&](int64_t block) { ahead.fetch(b, block); }, strip + blocks.begin(b) * kStrip);
+        dot<R, Packed>(
+            panel + b * block_elements(k) + first * kTile * S.m_step, pairs, count, k - first * kKStep,
+            [&](int64_t block) { ahead.fetch(b, block); }, strip + blocks.begin(b) * kStrip);
       });
   }
 
-  // Packed weights come from L2, two lines of two tiles a step: a pattern that the L1 prefetcher of Zen 5 does not
-  // follow (165 against 334 GFLOP/s at 14 rows, 2026-11-23), so each step asks for the lines of two blocks ahead.
+  // Packed weights come from L2, two lines of two tiles a step: a pattern that the L1 prefetcher of Zen 5
+  // does not follow (165 against 334 GFLOP/s at 14 rows, 2026-11-23), so each step asks for the lines of two
+  // blocks ahead.
   template <int R, bool Packed, class Fetch>
   static void dot(const Operand* a, const bf16* pairs, int64_t count, int64_t k, Fetch&& fetch, float* c) {
     __m512 sum[R][2];
@@ -141,46 +147,6 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
       const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[row])));
       sum[row][0] = _mm512_dpbf16_ps(sum[row][0], x, reinterpret_cast<__m512bh>(left));
       sum[row][1] = _mm512_dpbf16_ps(sum[row][1], x, reinterpret_cast<__m512bh>(right));
-    }
-  }
-
-  // One packed block with pairs along its inputs -> the block with pairs along its outputs, in the same
-  // order: [16 inputs][output pair][input]. Inside each 64-bit lane (two outputs) the middle halves change
-  // places; then 8 x 8 transposes of 64-bit lanes.
-  //
-  //     two outputs:  [a0 a1][b0 b1] -> [a0 b0][a1 b1]       0, 1: even and odd input of the pair
-  static void pair_outputs(const bf16* block, bf16* paired) {
-    const __m512i swap = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    for (int64_t outs = 0; outs < 2; ++outs)
-      for (int64_t ins = 0; ins < 2; ++ins) {
-        const bf16* from = block + outs * kTileElements + ins * kTileElements / 2;
-        bf16* to = paired + ins * kTileElements + outs * kTileElements / 2;
-        __m512i row[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) row[i] = _mm512_shuffle_epi8(V::load_bits(from + i * kKStep), swap);
-        transpose_qwords(row);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + i * kKStep, row[i]);
-      }
-  }
-
-  static void transpose_qwords(__m512i (&row)[8]) {
-    __m512i next[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      next[i] = _mm512_unpacklo_epi64(row[i], row[i + 1]);
-      next[i + 1] = _mm512_unpackhi_epi64(row[i], row[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m512i a = _mm512_shuffle_i64x2(next[i], next[i + 2], 0x88);
-      const __m512i b = _mm512_shuffle_i64x2(next[i], next[i + 2], 0xdd);
-      const __m512i c = _mm512_shuffle_i64x2(next[i + 4], next[i + 6], 0x88);
-      const __m512i d = _mm512_shuffle_i64x2(next[i + 4], next[i + 6], 0xdd);
-      row[i] = _mm512_shuffle_i64x2(a, c, 0x88);
-      row[i + 2] = _mm512_shuffle_i64x2(b, d, 0x88);
-      row[i + 4] = _mm512_shuffle_i64x2(a, c, 0xdd);
-      row[i + 6] = _mm512_shuffle_i64x2(b, d, 0xdd);
     }
   }
 };

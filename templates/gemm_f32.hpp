@@ -59,8 +59,7 @@ struct GemmF32 {
   static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
                       float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
-    if (blocks.count > kDirectBlocks)
-      return chunked(panel, blocks, k, weights, strip, scratch, expand);
+    if (blocks.count > kDirectBlocks) return chunked(panel, blocks, k, weights, strip, scratch, expand);
     for (int64_t b = 0; b < blocks.count; ++b)
       with_rows(blocks.size(b), [&]<int R>() {
         direct<R>(panel + b * block_elements(k), weights.blocks, k, strip + blocks.begin(b) * kStrip);
@@ -84,8 +83,8 @@ struct GemmF32 {
     }
   }
 
-  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
-                       float* low) {
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
+                       int64_t rank, float* low) {
     low_rank_rows(
         k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
         [&](int64_t i) { return V::load_some(block + i * S.m_step, rows); }, low);
@@ -119,7 +118,8 @@ struct GemmF32 {
       for (int64_t i = 0; i < k; ++i) {
         const Float x = rows_at(i);
 #pragma GCC unroll 8
-        for (int j = 0; j < kRanks; ++j) sum[j] = V::fma(x, V::set(lora(i, r + smaller(j, ranks - 1))), sum[j]);
+        for (int j = 0; j < kRanks; ++j)
+          sum[j] = V::fma(x, V::set(lora(i, r + smaller(j, ranks - 1))), sum[j]);
       }
       for (int64_t j = 0; j < ranks; ++j) V::store_some(low + (r + j) * S.m_step, S.m_step, sum[j]);
     }
@@ -127,8 +127,8 @@ struct GemmF32 {
 
  private:
   // Chunk by chunk of the contraction: expand the weights once, sweep all row blocks over them.
-  static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights, float* strip,
-                      float* scratch, void (*fill)(const bf16*, float*)) {
+  static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights,
+                      float* strip, float* scratch, void (*fill)(const bf16*, float*)) {
     const int64_t all = ceil_div(k, kKStep);
     for (int64_t first = 0; first < all; first += kChunkBlocks) {
       const int64_t count = smaller(kChunkBlocks, all - first);
@@ -146,8 +146,8 @@ struct GemmF32 {
 
   // One register block. The sums are the same with and without `ahead`, which only prefetches.
   template <int R>
-  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, const Ahead* ahead,
-                         int64_t sweep) {
+  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
+                         const Ahead* ahead, int64_t sweep) {
     Float sum[R][2];
     load_sums<R>(c, sum);
     for (int64_t first = 0; first < k; first += kKStep) {

@@ -52,8 +52,8 @@ struct GemmRef {
 
   static void settle(float*, int64_t) {}
 
-  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora, int64_t rank,
-                       float* low) {
+  static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
+                       int64_t rank, float* low) {
     for (int64_t r = 0; r < rank; ++r)
       for (int64_t row = 0; row < rows; ++row) {
         float sum = 0;

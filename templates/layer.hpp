@@ -11,6 +11,9 @@
 #ifdef __AVX512BF16__
 #include "gemm_avx512_bf16.hpp"
 #endif
+#ifdef __AMX_BF16__
+#include "gemm_amx.hpp"
+#endif
 
 namespace jitmoe {
 
@@ -26,6 +29,9 @@ auto gemm_of() {
 #endif
 #ifdef __AVX512BF16__
   if constexpr (S.isa == Isa::avx512_bf16) return GemmAvx512Bf16<S>{};
+#endif
+#ifdef __AMX_BF16__
+  if constexpr (S.isa == Isa::amx) return GemmAmx<S>{};
 #endif
 }
 

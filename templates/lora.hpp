@@ -26,8 +26,9 @@ struct LoraMatrix {
 // low = scale * block . lora, kept as [rank, m_step] for the K-step that follows and, where `as_rows` is
 // given, as rows [count, rank] (times row_weight) for the gradients.
 template <Shape S, class Gemm>
-void low_rank_block(const typename Gemm::Operand* block, int64_t count, int64_t k, typename LoraMatrix<S>::View lora,
-                    int64_t rank, float scale, float* low, float* as_rows, const float* row_weight) {
+void low_rank_block(const typename Gemm::Operand* block, int64_t count, int64_t k,
+                    typename LoraMatrix<S>::View lora, int64_t rank, float scale, float* low, float* as_rows,
+                    const float* row_weight) {
   Gemm::low_rank(block, count, k, lora, rank, low);
   for (int64_t r = 0; r < rank; ++r)
     for (int64_t row = 0; row < count; ++row) {
@@ -42,7 +43,8 @@ template <Shape S, class Gemm>
 void add_low_rank(const float* low, const RowBlocks& blocks, int64_t rank, typename LoraMatrix<S>::View lora,
                   int64_t column, int64_t columns, float* strip, float* scratch) {
   for (int64_t r = 0; r < rank; ++r)
-    for (int64_t c = 0; c < kStrip; ++c) scratch[r * kStrip + c] = c < columns ? lora.at(column + c, r) : 0.0f;
+    for (int64_t c = 0; c < kStrip; ++c)
+      scratch[r * kStrip + c] = c < columns ? lora.at(column + c, r) : 0.0f;
   for (int64_t b = 0; b < blocks.count; ++b)
     Gemm::outer(low + b * rank * S.m_step, S.m_step, blocks.size(b), scratch, rank,
                 strip + blocks.begin(b) * kStrip);

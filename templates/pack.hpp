@@ -37,8 +37,8 @@ inline void unpack_tile(const bf16* tile, TileExtent extent, bf16* target, int64
       target[lane * stride + in] = tile[in / 2 * kKStep + lane * 2 + in % 2];
 }
 
-// Visits the tiles of `experts` matrices as visit(canonical offset, packed offset, extent), strips in parallel:
-// they share nothing.
+// Visits the tiles of `experts` matrices as visit(canonical offset, packed offset, extent), strips in
+// parallel: they share nothing.
 template <class Visit>
 void for_each_tile(int64_t experts, int64_t out, int64_t in, int64_t threads, Visit&& visit) {
   const int64_t strips = ceil_div(out, kStrip);
@@ -54,7 +54,8 @@ void for_each_tile(int64_t experts, int64_t out, int64_t in, int64_t threads, Vi
     }
 }
 
-inline void pack(const bf16* canonical, bf16* packed, int64_t experts, int64_t out, int64_t in, int64_t threads) {
+inline void pack(const bf16* canonical, bf16* packed, int64_t experts, int64_t out, int64_t in,
+                 int64_t threads) {
   for_each_tile(experts, out, in, threads, [&](int64_t from, int64_t to, TileExtent extent) {
     if (extent.whole())
       pack_whole_tile(canonical + from, in, packed + to);
@@ -63,7 +64,8 @@ inline void pack(const bf16* canonical, bf16* packed, int64_t experts, int64_t o
   });
 }
 
-inline void unpack(const bf16* packed, bf16* canonical, int64_t experts, int64_t out, int64_t in, int64_t threads) {
+inline void unpack(const bf16* packed, bf16* canonical, int64_t experts, int64_t out, int64_t in,
+                   int64_t threads) {
   for_each_tile(experts, out, in, threads, [&](int64_t to, int64_t from, TileExtent extent) {
     unpack_tile(packed + from, extent, canonical + to, in);
   });

@@ -2,6 +2,9 @@
 // OpenMP region, and the scratch of the calling thread.
 #pragma once
 #include <omp.h>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 #include "call.hpp"
 #include "gemm.hpp"
@@ -45,7 +48,8 @@ void for_each_block(const Group& group, F&& f) {
   for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
 }
 
-inline constexpr int kNeighbours = 4;  // strips in a row for one thread, so that what it prefetches is its own
+inline constexpr int kNeighbours =
+    4;  // strips in a row for one thread, so that what it prefetches is its own
 
 template <class F>
 void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
@@ -54,8 +58,8 @@ void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
   for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
 }
 
-// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, expert of the
-// segment that follows, strip).
+// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, expert
+// of the segment that follows, strip).
 template <class F>
 void for_each_strip(const Group& group, int64_t columns, F&& f) {
 #pragma omp for schedule(dynamic)
@@ -63,6 +67,19 @@ void for_each_strip(const Group& group, int64_t columns, F&& f) {
     for (int64_t s = 0; s < group.count; ++s)
       f(group.segments[s], group.segments[smaller(s + 1, group.count - 1)].expert, strip);
 }
+
+// Rounding to nearest and denormals as IEEE 754 has them, while it lives. Another library may have set
+// flush-to-zero, and on the calling thread alone: bits would depend on which thread computed what.
+struct FloatMode {
+#ifdef __SSE2__
+  const unsigned before = _mm_getcsr();
+  FloatMode() { _mm_setcsr(kDefault); }
+  ~FloatMode() { _mm_setcsr(before); }
+
+ private:
+  static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, round to nearest
+#endif
+};
 
 // This thread's part of the per-thread buffers.
 struct ThreadScratch {
@@ -95,7 +112,8 @@ inline float* sums_of(const Call& call, int64_t strip) { return call.sums + stri
 template <Shape S>
 void clear_sums(const Call& call) {
 #pragma omp for schedule(static)
-  for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip) clear(sums_of(call, strip), call.tokens);
+  for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip)
+    clear(sums_of(call, strip), call.tokens);
 }
 
 // The one rounding of the sums into the result.

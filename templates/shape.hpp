@@ -4,7 +4,7 @@
 
 namespace jitmoe {
 
-enum class Isa { ref, avx2, avx512, avx512_bf16 };
+enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
 
 struct Shape {
   Isa isa;
@@ -27,7 +27,9 @@ template <Shape S>
 constexpr void check_shape() {
   static_assert(S.hidden > 0 && S.intermediate > 0, "hidden and intermediate sizes must be positive");
   static_assert(S.padded_rank % kKStep == 0, "padded_rank must be a multiple of 32");
-  static_assert(S.m_step >= 1 && S.m_step <= 14, "m_step must be 1..14: two vectors a row and 32 registers");
+  static_assert(
+      S.isa == Isa::amx ? S.m_step == 16 || S.m_step == 32 : S.m_step >= 1 && S.m_step <= 14,
+      "m_step must be 16 or 32 on AMX: whole tiles; else 1..14: two vectors a row and 32 registers");
 }
 
 }  // namespace jitmoe

@@ -1,12 +1,16 @@
 """Which instruction set is chosen, and what is said when the best one cannot be."""
 
+import errno
 import logging
+import re
+import signal
 
 import pytest
 
-from jitmoe import cpu
+from jitmoe import cpu, kernels
 from jitmoe.config import ISAS
 from jitmoe.errors import IsaError
+from jitmoe.plan import Shape
 
 AVX512 = frozenset(cpu.REQUIRED_FEATURES["avx512"])
 
@@ -20,6 +24,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(cpu, "detect", lambda: found)
         cpu._report_fallback.cache_clear()
 
+    monkeypatch.delenv("JITMOE_EMULATE", raising=False)
     yield make
     cpu._report_fallback.cache_clear()
 
@@ -48,14 +53,101 @@ def test_auto_takes_the_best_set_that_has_kernels(pretend):
     assert cpu.resolve_isa("auto") == "avx512"
 
 
-def test_auto_falls_back_with_one_log_line(pretend, caplog):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "CPUID reports no palette of tiles",
+        kernels.tile_permission_fault(errno.ENOSPC),
+        kernels.tile_permission_fault(errno.EPERM),
+        kernels.tile_test_fault(signal.SIGILL),
+        kernels.tile_test_fault(-1),
+    ],
+)
+def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
     pretend(cpu.REQUIRED_FEATURES["amx"])
+    monkeypatch.setitem(cpu.CHECKS, "amx", lambda: fault)
     with caplog.at_level(logging.INFO, logger="jitmoe"):
-        chosen = {cpu.resolve_isa("auto") for _ in range(3)}
-    unusable = [c.isa for c in cpu.capabilities() if not c.usable and not cpu.missing_features(c.isa, cpu.detect())]
-    expected = ["amx"] if "amx" in unusable else []
-    assert chosen == {next(isa for isa in ISAS if isa not in unusable)}
-    assert [record.getMessage().split(" cannot")[0].split()[-1] for record in caplog.records] == expected
+        assert {cpu.resolve_isa("auto") for _ in range(3)} == {"avx512_bf16"}
+    assert [record.getMessage() for record in caplog.records] == [f"using avx512_bf16: amx cannot be used ({fault})"]
+    with pytest.raises(IsaError, match="isa='amx' cannot be used: " + re.escape(fault)):
+        cpu.resolve_isa("amx")
+
+
+def test_all_checks_passed(pretend, monkeypatch):
+    pretend(cpu.REQUIRED_FEATURES["amx"])
+    monkeypatch.setitem(cpu.CHECKS, "amx", lambda: None)
+    assert cpu.resolve_isa("auto") == cpu.describe("amx") == "amx"
+
+
+def test_a_small_signal_stack_is_named():
+    assert "sigaltstack" in kernels.tile_permission_fault(errno.ENOSPC)
+    assert kernels.tile_permission_fault(0) is None and kernels.tile_test_fault(0) is None
+
+
+@pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX")
+def test_amx_that_only_the_feature_bits_promise(pretend):
+    """The real check, on a CPU without tiles."""
+    pretend(cpu.REQUIRED_FEATURES["amx"])
+    with pytest.raises(IsaError, match="isa='amx' cannot be used: CPUID reports no palette of tiles"):
+        cpu.resolve_isa("amx")
+
+
+@pytest.mark.isa("avx2")
+def test_a_kernel_that_cannot_run_is_not_loaded(pretend):
+    pretend(())
+    with pytest.raises(IsaError, match="isa='avx2' cannot be used"):
+        kernels.load(Shape("avx2", 32, 32, 0, 6, False))
+
+
+class TestEmulation:
+    """What is said and chosen; the emulator itself runs in test_amx.py."""
+
+    @pytest.fixture(autouse=True)
+    def no_handler(self, monkeypatch):
+        monkeypatch.setitem(cpu.CHECKS, "emulator", lambda: None)
+
+    def test_emulated_features_count_as_there(self, pretend, monkeypatch):
+        pretend(AVX512)
+        monkeypatch.setenv("JITMOE_EMULATE", "1")
+        found = {capability.isa: capability for capability in cpu.capabilities()}
+        for isa in ("amx", "avx512_bf16"):
+            assert found[isa].usable and found[isa].emulated
+            assert found[isa].reason.startswith("emulated (JITMOE_EMULATE=1)")
+            assert cpu.describe(isa) == f"{isa} (emulated)"
+        assert cpu.describe("avx512") == "avx512"
+        assert cpu.resolve_isa("auto") == "amx"
+
+    def test_what_the_cpu_has_is_not_emulated(self, pretend, monkeypatch):
+        pretend(cpu.REQUIRED_FEATURES["avx512_bf16"])
+        monkeypatch.setenv("JITMOE_EMULATE", "1")
+        assert cpu.describe("avx512_bf16") == "avx512_bf16"
+
+    def test_amx_that_the_kernel_refuses_is_emulated(self, pretend, monkeypatch):
+        pretend(cpu.REQUIRED_FEATURES["amx"])
+        monkeypatch.setitem(cpu.CHECKS, "amx", lambda: kernels.tile_permission_fault(errno.ENOSPC))
+        monkeypatch.setenv("JITMOE_EMULATE", "1")
+        assert cpu.describe("amx") == "amx (emulated)"
+
+    @pytest.mark.parametrize("features", [(), cpu.REQUIRED_FEATURES["avx2"]])
+    def test_vectors_are_not_emulated(self, pretend, monkeypatch, features):
+        pretend(features)
+        monkeypatch.setenv("JITMOE_EMULATE", "1")
+        assert not any(capability.emulated for capability in cpu.capabilities())
+
+    @pytest.mark.parametrize("off", ["", "0"])
+    def test_off(self, pretend, monkeypatch, off):
+        pretend(AVX512)
+        monkeypatch.setenv("JITMOE_EMULATE", off)
+        with pytest.raises(IsaError, match="does not offer avx512bf16"):
+            cpu.resolve_isa("avx512_bf16")
+
+    def test_another_emulator_that_is_not_there(self, pretend, monkeypatch, tmp_path):
+        monkeypatch.undo()
+        pretend(AVX512)
+        monkeypatch.setenv("JITMOE_EMULATE", str(tmp_path / "missing.so"))
+        with pytest.raises(IsaError, match=r"does not offer .*, and the emulator .*missing.so cannot be loaded"):
+            cpu.resolve_isa("amx")
+        assert cpu.resolve_isa("auto") == "avx512"
 
 
 def test_a_cpu_without_vectors_runs_the_reference(pretend):
@@ -63,13 +155,6 @@ def test_a_cpu_without_vectors_runs_the_reference(pretend):
     assert [c.isa for c in cpu.capabilities() if c.usable] == ["ref"]
     assert cpu.resolve_isa("auto") == "ref"
     assert cpu.resolve_isa("ref") == "ref"
-
-
-def test_a_forced_set_without_kernels_says_so(pretend):
-    pretend(cpu.REQUIRED_FEATURES["amx"])
-    for isa in set(cpu.REQUIRED_FEATURES) - set(ISAS):
-        with pytest.raises(IsaError, match=f"isa='{isa}' cannot be used: .*no kernels"):
-            cpu.resolve_isa(isa)
 
 
 def test_an_unknown_set_is_refused():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from emulator_model import INDEFINITE, SIGNS, Array, RefusedError, Tiles, convert, fma, is_nan, masked, vdpbf16ps
 
-from jitmoe import emulator, toolchain
+from jitmoe import emulator, kernels, toolchain
 from jitmoe.errors import IsaError
 
 DRIVER = Path(__file__).with_name("emulator_driver.cpp")
@@ -210,7 +210,7 @@ class Machine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.emulator_path = emulator.library().path
+        self.emulator_path = kernels.emulator().path
         self.emulator = ctypes.CDLL(str(self.emulator_path))
         self.driver = ctypes.CDLL(str(path))
         for name in ("driver_run", "driver_last_error"):
@@ -974,9 +974,9 @@ def test_install_again_is_the_same(machine: Machine) -> None:
 
 def test_library_without_an_emulator_is_refused(machine: Machine, tmp_path: Path) -> None:
     with pytest.raises(IsaError, match="does not export jitmoe_emulator_install"):
-        emulator.EmulatorLibrary(machine.path)
+        kernels.EmulatorLibrary(machine.path)
     with pytest.raises(IsaError, match="cannot be loaded"):
-        emulator.EmulatorLibrary(tmp_path / "missing.so")
+        kernels.EmulatorLibrary(tmp_path / "missing.so")
 
 
 PROLOGUE = """

@@ -231,6 +231,7 @@ def test_interrupted_at_every_phase(
     workspace.arenas.release()
     expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
     state, held = snapshot(layer), workspace.arenas.held_bytes()
+    assert held > 0
     owner, name = PHASES[phase]
     interrupted = 0
     for count in range(4):

@@ -12,8 +12,8 @@ from yardstick import Inputs, make_inputs
 
 from jitmoe import MoELayer, kernels, safetensors_source
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
-from jitmoe.pack import Seal, empty_packed, pack_experts, packed_elements, unpack_experts
-from jitmoe.plan import Shape
+from jitmoe.pack import Seal, empty_packed, pack_experts, unpack_experts
+from jitmoe.plan import Shape, packed_elements
 
 ISA = usable_isas()[0]
 BASES = ("gate_proj", "up_proj", "down_proj")

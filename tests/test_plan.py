@@ -56,8 +56,10 @@ def test_rank_is_padded_to_the_k_step(rank: int, padded: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 class TestRegisterBlocks:
     def test_all_of_the_instruction_set_are_planned_ascending(self, isa: str) -> None:
-        steps = [shape.m_step for shape in plan.plan_kernels(config_with(), isa).shapes]
-        assert steps == sorted(plan.M_STEPS[isa]) and steps
+        shapes = plan.plan_kernels(config_with(), isa).shapes
+        steps = [shape.m_step for shape in shapes]
+        assert [shape.m_step for shape in shapes if shape.isa == isa] == sorted(plan.M_STEPS[isa])
+        assert steps and steps == sorted(steps)
 
     def test_one_can_be_forced(self, isa: str) -> None:
         for step in plan.M_STEPS[isa]:
@@ -75,6 +77,13 @@ class TestRegisterBlocks:
     def test_a_batch_invariant_layer_has_one_form_for_every_row_count(self, isa: str) -> None:
         kernels = plan.plan_kernels(config_with(batch_invariant=True), isa)
         assert {kernels.select(rows, 4) for rows in (0, 1, 32, 33, 10**6)} == {kernels.shapes[-1]}
+
+
+def test_rows_choose_among_the_kernels_of_amx() -> None:
+    kernels = plan.plan_kernels(config_with(), "amx")
+    chosen = [kernels.select(rows, 10) for rows in (10 * plan.FEW_ROWS, 10 * plan.ONE_TILE_ROWS, 1000)]
+    assert [(shape.isa, shape.m_step) for shape in chosen] == [("avx512", 4), ("amx", 16), ("amx", 32)]
+    assert {shape.isa for shape in plan.plan_kernels(config_with(batch_invariant=True), "amx").shapes} == {"amx"}
 
 
 def test_the_lora_dtype_of_cast_parameters_counts() -> None:

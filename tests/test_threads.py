@@ -175,6 +175,7 @@ def in_forked_child(work: Callable[[], bool], seconds: int = 30) -> None:
     """Run ``work`` in a child that an alarm ends; it must return True there."""
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait for the hung call to return
         signal.alarm(seconds)
         status = 1
         try:

@@ -21,8 +21,8 @@ ORDER = [
     "toolchain",
     "cache",
     "build",
-    "emulator",
     "kernels",
+    "emulator",
     "route",
     "scan",
     "tokens",
@@ -59,7 +59,7 @@ BENCH_WITH_TORCH = {
 WALLS = {
     "torch": {"pack", "autograd", "layer", "reference", *BENCH_WITH_TORCH},
     "numba": {"route", "tokens", "scan"},
-    "ctypes": {"kernels", "emulator"},
+    "ctypes": {"kernels"},
     "subprocess": {"toolchain", "build"},
     "llvmlite": {"cpu"},
     "filelock": {"cache"},

@@ -1,0 +1,413 @@
+"""The AMX kernels, executed: the yardstick's cases, faults of tile state, kernels broken on purpose, counts."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import test_faults_values
+import torch
+from emulated import Emulated, use_templates
+from helpers import config_of, different, layer_of
+from test_faults_values import poison_padding
+from yardstick import CASES, Case, check, make_inputs, results_of_layer
+
+from jitmoe import build, cpu, emulator, kernels, plan, toolchain
+from jitmoe.build import ensure
+from jitmoe.render import read_program
+
+pytestmark = [
+    pytest.mark.skipif(
+        bool(set(cpu.missing_features("amx", cpu.detect())) - cpu.EMULATED_FEATURES),
+        reason="the emulator needs the AVX-512 registers of the CPU",
+    ),
+    pytest.mark.timeout(600),
+]
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+ONE_TILE_CASES = ("medium", "ragged_33")
+"""Cases that `make test` also runs with M_STEP 16; M_STEP 32 runs the same code for blocks of up to 16 rows."""
+
+SLOW_CASES = ("hidden_1", "intermediate_1", "ragged_15", "ragged_47", "one_token", "duplicates", "every_expert")
+"""Cases whose kernels take longer to compile than they have that is new to these."""
+
+TAILS = Case("tails", experts=2, hidden=65, intermediate=47, top_k=1, rank=17, tokens=100)
+"""Several row blocks, partial tiles of both halves, odd contractions and two tiles of ranks."""
+
+W1 = Case("w1", experts=64, hidden=2048, intermediate=1408, top_k=6, rank=8, tokens=48)
+
+PEAK = 16384
+"""FLOP of one tile product: 16 rows x 32 k x 16 columns, twice."""
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[Emulated]:
+    process = Emulated()
+    yield process
+    process.close()
+
+
+def check_cell(case: Case, m_step: int, isa: str = "amx") -> None:
+    inputs = make_inputs(case)
+    emulator.reset_counts()
+    results = results_of_layer(layer_of(inputs, isa, m_step=m_step), inputs)
+    counts = emulator.counts()
+    executed = counts.tdpbf16ps if isa == "amx" else counts.avx512_bf16
+    assert executed or cpu.describe(isa) == isa, f"no instruction of {isa} was emulated"
+    check(results, inputs)
+
+
+def cells() -> Iterator[pytest.param]:
+    for case in (*CASES, TAILS):
+        for m_step in plan.M_STEPS["amx"]:
+            fast = case.name in ONE_TILE_CASES or (m_step == 32 and case.name not in SLOW_CASES)
+            yield pytest.param(case, m_step, marks=[] if fast else pytest.mark.slow, id=f"{case}-m{m_step}")
+    yield pytest.param(W1, 32, marks=pytest.mark.slow, id="w1-m32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_built(request: pytest.FixtureRequest, emulated: Emulated) -> None:
+    """Compile in parallel what the selected tests would otherwise compile one by one."""
+    mine = [item for item in request.session.items if item.module is request.module]
+    chosen = [item.callspec.params for item in mine if hasattr(item, "callspec") and "m_step" in item.callspec.params]
+    emulated(build_cells, [(cell["case"], cell["m_step"]) for cell in chosen])
+
+
+def build_cells(chosen: list[tuple[Case, int]]) -> None:
+    build([config_of(case, "amx", m_step=m_step) for case, m_step in chosen], progress=False)
+
+
+@pytest.mark.parametrize(("case", "m_step"), list(cells()))
+def test_shape(emulated: Emulated, case: Case, m_step: int) -> None:
+    emulated(check_cell, case, m_step)
+
+
+@pytest.mark.skipif(
+    not cpu.missing_features("avx512_bf16", cpu.detect()),
+    reason="this CPU has AVX512-BF16: test_matrix.py runs the same cases natively",
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_avx512_bf16_shape(emulated: Emulated, case: Case) -> None:
+    emulated(check_cell, case, plan.M_STEPS["avx512_bf16"][-1], "avx512_bf16")
+
+
+def check_threads() -> None:
+    inputs = make_inputs(TAILS)
+    layer = layer_of(inputs, "amx", m_step=32)
+    found = {}
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        found[threads] = results_of_layer(layer, inputs)
+    torch.set_num_threads(2)
+    for threads, results in found.items():
+        assert different(results, found[1]) == [], f"{threads} threads"
+
+
+def test_same_bits_for_any_number_of_threads(emulated: Emulated) -> None:
+    emulated(check_threads)
+
+
+def check_batch_invariance() -> None:
+    """A token alone takes the bottom tiles, in the batch mostly the top ones."""
+    inputs = make_inputs(TAILS)
+    layer = layer_of(inputs, "amx", batch_invariant=True)
+    with torch.no_grad():
+        whole = layer(inputs.x, inputs.topk_ids, inputs.weights)
+        parts = [
+            layer(inputs.x[i : i + 7], inputs.topk_ids[i : i + 7], inputs.weights[i : i + 7]) for i in range(0, 100, 7)
+        ]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_row_has_the_same_bits_in_any_batch(emulated: Emulated) -> None:
+    emulated(check_batch_invariance)
+
+
+def check_lost_configuration(library: Path) -> None:
+    """Another library's tiles before each call, on this thread and on one that starts later."""
+    spoil = ctypes.CDLL(str(library)).configure_one_row
+    inputs = make_inputs(TAILS)
+    layer = layer_of(inputs, "amx", m_step=32)
+    clean = results_of_layer(layer, inputs)
+    found = []
+
+    def run() -> None:
+        spoil()
+        found.append(results_of_layer(layer, inputs))
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    for results in found:
+        assert different(results, clean) == []
+
+
+def test_another_library_loads_its_own_configuration(emulated: Emulated, tmp_path: Path) -> None:
+    source = """
+    #include "amx.hpp"
+    extern "C" void configure_one_row() {
+      jitmoe::amx::Configuration one = {};
+      one.palette = 1;
+      for (int tile = 0; tile < 8; ++tile) one.rows[tile] = 1, one.row_bytes[tile] = 4;
+      jitmoe::amx::load_configuration(one);
+    }
+    """
+    emulated(check_lost_configuration, compile_text(toolchain.find_compiler(), source, tmp_path, "-O2"))
+
+
+def compile_text(compiler: toolchain.Compiler, text: str, folder: Path, level: str) -> Path:
+    source, library = folder / "source.cpp", folder / "source.so"
+    source.write_text(text)
+    flags = ("-std=c++20", "-fPIC", "-shared", level, *toolchain.ISA_FLAGS["amx"])
+    toolchain.compile(compiler, source, library, flags, TEMPLATES, 120.0, folder / "log")
+    return library
+
+
+@pytest.mark.parametrize(
+    ("fault", "arguments"),
+    [
+        (test_faults_values.test_nan_in_the_padding_of_the_weights, (TAILS, False)),
+        (test_faults_values.test_nan_in_the_scratch, (TAILS, False)),
+        (test_faults_values.test_nan_in_the_scratch, (TAILS, True)),
+    ],
+)
+def test_fault(emulated: Emulated, fault: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Faults that every instruction set has a test for, here with several row blocks and tails everywhere."""
+    emulated(fault, "amx", *arguments)
+
+
+@pytest.mark.parametrize("place", ["x", "dout", "weights"])
+def test_a_nan_stays_with_its_token(emulated: Emulated, place: str) -> None:
+    emulated(check_nan_of_token, place)
+
+
+def check_nan_of_token(place: str) -> None:
+    """All rows of an expert share tiles; LoRA gradients sum over them and are not looked at."""
+    inputs = make_inputs(TAILS)
+    layer = layer_of(inputs, "amx", m_step=32)
+    clean = results_of_layer(layer, inputs)
+    poisoned = getattr(inputs, place).clone()
+    poisoned[20, 0] = float("nan")
+    found = results_of_layer(layer, replace(inputs, **{place: poisoned}))
+    others = torch.arange(TAILS.tokens) != 20
+    for name in ("out", "x", "weights"):
+        assert torch.equal(found[name][others], clean[name][others]), name
+    assert any(not found[name][20].isfinite().all() for name in ("out", "x", "weights"))
+
+
+def check_few_rows() -> None:
+    """The planner's choice by rows per expert; few rows execute no tile instruction."""
+    for tokens, expected in ((8, ("avx512", 4)), (16, ("amx", 16)), (40, ("amx", 32))):
+        inputs = make_inputs(replace(TAILS, tokens=tokens))
+        layer = layer_of(inputs, "amx")
+        shape = plan.plan_kernels(layer.config, "amx").select(tokens, TAILS.experts)
+        assert (shape.isa, shape.m_step) == expected
+        emulator.reset_counts()
+        results = results_of_layer(layer, inputs)
+        assert (emulator.counts().products > 0) == (shape.isa == "amx") or cpu.describe("amx") == "amx"
+        check(results, inputs)
+
+
+def test_few_rows_take_the_avx512_kernel_on_the_same_weights(emulated: Emulated) -> None:
+    emulated(check_few_rows)
+
+
+def reports() -> tuple[str, str, str]:
+    layer = layer_of(make_inputs(TAILS), "amx", m_step=32)
+    report = build(layer.config, progress=False)
+    found = next(capability for capability in cpu.capabilities() if capability.isa == "amx")
+    return str(report), repr(layer), found.reason
+
+
+@pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX: nothing is emulated")
+def test_reports_say_emulated(emulated: Emulated) -> None:
+    report, layer, reason = emulated(reports)
+    assert "amx (emulated)" in report
+    assert "isa=amx (emulated)" in layer
+    assert reason.startswith("emulated (JITMOE_EMULATE=1)")
+
+
+def tile_test() -> str | None:
+    return kernels.tile_test_fault(ctypes.CDLL(str(ensure(read_program("probe", "amx")))).jitmoe_test_tiles())
+
+
+def check_named_emulator(path: Path) -> None:
+    os.environ["JITMOE_EMULATE"] = str(path)
+    assert f"emulated (JITMOE_EMULATE={path})" in next(c.reason for c in cpu.capabilities() if c.isa == "amx")
+    check_cell(TAILS, 32)
+
+
+@pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX: nothing is emulated")
+def test_another_emulator_can_be_named() -> None:
+    process = Emulated()
+    try:
+        process(check_named_emulator, kernels.emulator().path)
+    finally:
+        process.close()
+
+
+@pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX")
+def test_self_test_dies_without_amx_and_the_emulator_does_not_answer(emulated: Emulated) -> None:
+    assert emulated(tile_test) == "the self-test of its tiles was killed by SIGILL"
+
+
+class Mutant(NamedTuple):
+    """One edit of gemm_amx.hpp."""
+
+    old: str
+    new: str
+    marks: Any = ()
+
+
+MUTANTS = {
+    "wrong stride": Mutant("kStripBytes = kStrip * sizeof(float)", "kStripBytes = kTile * sizeof(float)"),
+    "missing tail of the contraction": Mutant("if (right.last) step", "if (false) step"),
+    "missing LDTILECFG": Mutant("  amx::load_configuration(kTileConfigurations.of[bottom_rows]);\n", ""),
+    "partial rows as a whole tile": Mutant("return (rows - 1) % amx::kRows + 1", "return amx::kRows"),
+    "padding is multiplied": Mutant("if (n % kKStep) cut_pairs", "if (false) cut_pairs", pytest.mark.slow),
+    "configuration of another block": Mutant("(configured_rows == bottom_rows)", "(configured_rows)", pytest.mark.slow),
+    "one tile of weights twice": Mutant("stream<7>(b + kTileElements", "stream<7>(b", pytest.mark.slow),
+}
+
+
+def check_broken(folder: Path) -> None:
+    use_templates(folder)
+    inputs = make_inputs(TAILS)
+    layer = layer_of(inputs, "amx", m_step=32)
+    poison_padding(layer)
+    check(results_of_layer(layer, inputs), inputs)
+    emulator.reset_counts()
+    layer(inputs.x[:1], inputs.topk_ids[:1], inputs.weights[:1])
+    assert emulator.counts().row_use == 1 / 16, "a token alone takes more than one row of a tile"
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MUTANTS[name].marks) for name in MUTANTS])
+def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the error rule, or by the emulator, which ends the process where hardware would."""
+    folder = tmp_path / "templates"
+    shutil.copytree(TEMPLATES, folder)
+    broken = folder / "gemm_amx.hpp"
+    old, new, _ = MUTANTS[name]
+    text = broken.read_text()
+    assert text.count(old) == 1, f"gemm_amx.hpp does not contain exactly one {old!r}"
+    broken.write_text(text.replace(old, new))
+    emulated = Emulated()
+    try:
+        with pytest.raises((AssertionError, BrokenProcessPool)) as failure:
+            emulated(check_broken, folder)
+    finally:
+        emulated.close()
+    if failure.type is BrokenProcessPool:
+        assert "jitmoe emulator: " in capfd.readouterr().err
+    else:
+        assert re.search("outside the error rule|more than one row", str(failure.value))
+
+
+REFILL = """
+#include "amx.hpp"
+extern "C" void refill(char* target, char value) {
+  alignas(64) char scratch[1024];
+  for (char& byte : scratch) byte = value;
+  LOAD(0);
+  for (char& byte : scratch) byte = 0x55;
+  LOAD(1);
+  jitmoe::amx::store<0>(target, 64);
+  jitmoe::amx::store<1>(target + 1024, 64);
+}
+"""
+OURS = "#define LOAD(tile) jitmoe::amx::load<tile>(scratch, 64)\n"
+INTRINSIC = "#include <immintrin.h>\n#define LOAD(tile) _tile_loadd(tile, scratch, 64)\n"
+
+COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
+
+
+def stores_before_loads(
+    compiler: str, text: str, level: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """How many vector stores stand before the first tile load and between the two, in the machine code."""
+    monkeypatch.setenv("JITMOE_CXX", compiler)
+    library = compile_text(toolchain.find_compiler(), text, folder, level)
+    command = ["objdump", "-d", "--no-show-raw-insn", "--disassemble=refill", str(library)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    store = re.compile(r"\sv?mov\w*\s+[^(]+,\S*\(%|memset|rep stos")
+    first, second, *_ = code.split("tileload")
+    return [len([line for line in part.splitlines() if store.search(line)]) for part in (first, second)]
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
+@pytest.mark.parametrize("level", ["-O1", "-O2", "-O3"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_scratch_refilled_between_loads(
+    compiler: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler keeps both fills: it is told that a tile load reads memory."""
+    before, between = stores_before_loads(compiler, OURS + REFILL, level, tmp_path, monkeypatch)
+    assert before and between
+
+
+@pytest.mark.skipif(not shutil.which("objdump") or "g++" not in COMPILERS, reason="objdump or g++ is not installed")
+def test_the_trap_is_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCC's own intrinsic loses the first fill, which is why amx.hpp exists; if it no longer does, read its header."""
+    version = toolchain.find_compiler().identity
+    kept = stores_before_loads("g++", INTRINSIC + REFILL, "-O2", tmp_path, monkeypatch)
+    if " 12." in version:
+        assert not all(kept)
+
+
+def counts_of(rows: int, hidden: int, intermediate: int, rank: int) -> tuple[emulator.Counts, emulator.Counts]:
+    """What forward and backward of one expert with ``rows`` rows execute."""
+    inputs = make_inputs(Case("counted", 1, hidden, intermediate, 1, rank, rows))
+    layer = layer_of(inputs, "amx", m_step=32)
+    x, weights = inputs.x.clone().requires_grad_(), inputs.weights.clone().requires_grad_()
+    emulator.reset_counts()
+    out = layer(x, inputs.topk_ids, weights)
+    forward = emulator.counts()
+    emulator.reset_counts()
+    out.backward(inputs.dout)
+    return forward, emulator.counts()
+
+
+def test_products_and_loads_are_as_many_as_the_sizes_say(emulated: Emulated) -> None:
+    rows, hidden, intermediate = 96, 256, 128
+    for counts in emulated(counts_of, rows, hidden, intermediate, 0):
+        tiles = rows // 16 * (hidden // 32) * (intermediate // 16) * 3
+        assert counts.tdpbf16ps == tiles
+        sums = counts.tile_stores
+        assert counts.tile_loads == tiles + sums, "one load a product, and the sums once"
+        assert counts.useful_flop == tiles * PEAK
+        assert counts.configurations <= 4, "one for each thread"
+    few, _ = emulated(counts_of, 4, hidden, intermediate, 0)
+    assert few.row_use == 4 / 16, "tile rows follow the rows"
+
+
+@pytest.mark.slow
+def test_w2_meets_the_targets_in_counts(emulated: Emulated) -> None:
+    """One expert of W2 with its mean of 96 rows, LoRA included, and with 4."""
+    hidden, intermediate = 2048, 1408
+    for rows, efficiency in ((96, 0.95), (4, 0.24)):
+        both = emulated(counts_of, rows, hidden, intermediate, 8)
+        for name, counts in zip(("forward", "backward"), both, strict=True):
+            useful = 6 * hidden * intermediate * rows
+            products, loads = counts.tdpbf16ps, counts.tile_loads
+            share = useful / (PEAK * products)
+            bound = useful / 1024 / max(16 * products, 8 * loads)
+            moves = (counts.tile_stores + counts.configurations) / products
+            print(
+                f"W2 m={rows} {name}: {products} products, efficiency {share:.3f}, loads {loads / products:.3f}, "
+                f"stores and configurations {moves:.4f}, bound {bound:.3f}"
+            )
+            assert share >= efficiency
+            assert rows < 16 or bound >= 0.9
+        if rows >= 16:
+            assert sum(c.tile_stores + c.configurations for c in both) <= 0.02 * sum(c.tdpbf16ps for c in both)
