@@ -31,6 +31,10 @@ SCRATCH = """
     thread_weights thread_strips thread_rows thread_block
 """.split()  # noqa: SIM905
 _STRIDES = ["weights_stride", "strips_stride", "rows_stride", "block_stride"]
+STEPS = """
+    gather pack low_rank gate_up activation down combine act_grad x_grad lora_grads sums
+""".split()  # noqa: SIM905
+"""What a timed instance measures, in the order of ``Step`` in parallel.hpp."""
 
 
 class Call(ctypes.Structure):
@@ -42,6 +46,7 @@ class Call(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _FUNCTIONS + SCRATCH),
         *((name, ctypes.c_int64) for name in _STRIDES),
+        ("step_seconds", ctypes.c_void_p),
     ]
 
 

@@ -69,12 +69,14 @@ class Shape:
     padded_rank: int
     m_step: int
     lora_bf16: bool
+    timed: bool = False
 
     @property
     def name(self) -> str:
         """Short readable identity, used for file names and reports."""
         lora = "bf16" if self.lora_bf16 else "f32"
-        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}"
+        timed = "_timed" if self.timed else ""
+        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}{timed}"
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,13 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   void load(const Block& block) const {
     auto* out_block = this->panel(call.out_panel, block.index, S.hidden);
     this->gather_block(call.out_grad, block, out_block);
-    if (call.rank)
+    if (call.rank) {
+      const Lap<S> lap(scratch, Step::low_rank);
       low_rank_block<S, Gemm>(out_block, block.rows, S.hidden,
                               this->down_b(block.segment->expert).along_rows(), call.rank, this->scale(),
                               this->low(call.down_low, block.index),
                               this->low_rows(call.down_low_rows, block.row), call.row_weight + block.row);
+    }
     if (recomputes() || wants_lora()) {
       auto* x_block = recomputes() ? this->panel(call.x_panel, block.index, S.hidden)
                                    : static_cast<typename Base::Operand*>(scratch.block);
@@ -49,19 +51,35 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     float* out = scratch.strip(0, segment.rows);
-    float* acts = scratch.strip(1, segment.rows);
-    float* gates = scratch.strip(2, segment.rows);
-    float* ups = scratch.strip(3, segment.rows);
+    down_product(segment, strip, out);
+    if (call.rank) {
+      const Lap<S> lap(scratch, Step::low_rank);
+      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step),
+                            call.rank, this->down_a(segment.expert).along_columns(), column, columns, out,
+                            scratch.weights);
+    }
+    through_activation(segment, strip, column, columns, out);
+    if (wants_lora()) add_intermediate_grads(segment, column, columns);
+  }
+
+  // out = out_grad . W_down for 32 columns of I.
+  void down_product(const Segment& segment, int64_t strip, float* out) const {
+    const Lap<S> lap(scratch, Step::act_grad);
     const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
     const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
     clear(out, segment.rows);
     Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights, out,
                    scratch.weights);
     Gemm::settle(out, segment.rows);
-    if (call.rank)
-      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step),
-                            call.rank, this->down_a(segment.expert).along_columns(), column, columns, out,
-                            scratch.weights);
+  }
+
+  // Strips 1, 2, 3 become a, dgate and dup, which also go into their panels.
+  void through_activation(const Segment& segment, int64_t strip, int64_t column, int64_t columns,
+                          float* out) const {
+    const Lap<S> lap(scratch, Step::activation);
+    float* acts = scratch.strip(1, segment.rows);
+    float* gates = scratch.strip(2, segment.rows);
+    float* ups = scratch.strip(3, segment.rows);
     load_columns(gate_of(segment), segment.rows, column, columns, gates);
     load_columns(up_of(segment), segment.rows, column, columns, ups);
     clear_padding(out, segment.rows, columns);
@@ -73,15 +91,20 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     }
     this->store_panel(gates, segment, column, columns, call.gate_panel);
     this->store_panel(ups, segment, column, columns, call.up_panel);
-    if (!wants_lora()) return;
-    this->store_panel(acts, segment, column, columns, call.act_panel);
-    const int64_t a_at = segment.expert * call.rank * S.intermediate;  // also the size of gate's and up's B
-    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), segment.rows, call.rank, acts, column,
-                     columns, S.intermediate, call.down_lora_a_grad + a_at, scratch.weights);
-    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), segment.rows, call.rank, gates, column,
-                     columns, call.gate_lora_b_grad + a_at, scratch.weights);
-    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), segment.rows, call.rank, ups, column,
-                     columns, call.up_lora_b_grad + a_at, scratch.weights);
+    if (wants_lora()) this->store_panel(acts, segment, column, columns, call.act_panel);
+  }
+
+  // Gradients of the three parameters that have I as an axis.
+  void add_intermediate_grads(const Segment& segment, int64_t column, int64_t columns) const {
+    const Lap<S> lap(scratch, Step::lora_grads);
+    const int64_t rows = segment.rows;
+    const int64_t at = segment.expert * call.rank * S.intermediate;
+    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), rows, call.rank, scratch.strip(1, rows),
+                     column, columns, S.intermediate, call.down_lora_a_grad + at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), rows, call.rank, scratch.strip(2, rows),
+                     column, columns, call.gate_lora_b_grad + at, scratch.weights);
+    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), rows, call.rank, scratch.strip(3, rows),
+                     column, columns, call.up_lora_b_grad + at, scratch.weights);
   }
 
   // 32 columns of a saved [rows, I] matrix as float32, zeros beyond its edge.
@@ -118,6 +141,7 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   }
 
   void low_grads(const Block& block) const {
+    const Lap<S> lap(scratch, Step::low_rank);
     const int64_t expert = block.segment->expert;
     const int64_t strips = ceil_div(S.intermediate, kStrip);
     for (int64_t row = block.row; row < block.row + block.rows; ++row) {
@@ -147,24 +171,32 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     const int64_t columns = smaller(kStrip, S.hidden - column);
     if (call.sums) {
       float* sum = scratch.strip(0, segment.rows);
-      clear(sum, segment.rows);
-      const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
-      const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
-      add_base(segment, call.gate_panel, gate, up, sum);
-      add_base(segment, call.up_panel, up, this->gate_strip(next_expert, 0) + strip * kBlockElements, sum);
-      Gemm::settle(sum, segment.rows);
-      if (call.rank) {
-        const RowBlocks blocks(segment.rows, S.m_step);
-        add_low_rank<S, Gemm>(this->low(call.gate_low, segment.block), blocks, call.rank,
-                              this->gate_a(segment.expert).along_columns(), column, columns, sum,
-                              scratch.weights);
-        add_low_rank<S, Gemm>(this->low(call.up_low, segment.block), blocks, call.rank,
-                              this->up_a(segment.expert).along_columns(), column, columns, sum,
-                              scratch.weights);
-      }
+      gate_up_product(segment, next_expert, strip, sum);
+      if (call.rank) add_x_low_rank(segment, column, columns, sum);
       this->add_to_tokens(segment, strip, sum, 0);
     }
     if (wants_lora()) add_hidden_grads(segment, column, columns);
+  }
+
+  // sum = dgate . W_gate + dup . W_up for 32 columns of H.
+  void gate_up_product(const Segment& segment, int64_t next_expert, int64_t strip, float* sum) const {
+    const Lap<S> lap(scratch, Step::x_grad);
+    const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
+    const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
+    clear(sum, segment.rows);
+    add_base(segment, call.gate_panel, gate, up, sum);
+    add_base(segment, call.up_panel, up, this->gate_strip(next_expert, 0) + strip * kBlockElements, sum);
+    Gemm::settle(sum, segment.rows);
+  }
+
+  void add_x_low_rank(const Segment& segment, int64_t column, int64_t columns, float* sum) const {
+    const Lap<S> lap(scratch, Step::low_rank);
+    const RowBlocks blocks(segment.rows, S.m_step);
+    add_low_rank<S, Gemm>(this->low(call.gate_low, segment.block), blocks, call.rank,
+                          this->gate_a(segment.expert).along_columns(), column, columns, sum,
+                          scratch.weights);
+    add_low_rank<S, Gemm>(this->low(call.up_low, segment.block), blocks, call.rank,
+                          this->up_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
   }
 
   void add_base(const Segment& segment, void* panel, const bf16* blocks, const bf16* next, float* sum) const {
@@ -175,6 +207,7 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   // Gradients of the three parameters that have H as an axis.
   void add_hidden_grads(const Segment& segment, int64_t column, int64_t columns) const {
+    const Lap<S> lap(scratch, Step::lora_grads);
     float* values = scratch.strip(1, segment.rows);
     const int64_t at = segment.expert * call.rank * S.hidden;
     gather_strip(call.x, segment, column, columns, values);
@@ -220,10 +253,11 @@ void run_backward(const Call& call) {
     [[maybe_unused]] const FloatMode mode;
     [[maybe_unused]] const ThreadState<Gemm> state;
     const ThreadScratch scratch(call);
-    if (call.sums) clear_sums<S>(call);
+    if (call.sums) clear_sums<S>(call, scratch);
     for (int64_t g = 0; g < call.groups; ++g)
       backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    if (call.sums) write_result<S>(call);
+    if (call.sums) write_result<S>(call, scratch);
+    report_laps<S>(call, scratch);
   }
 }
 

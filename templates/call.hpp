@@ -87,6 +87,7 @@ struct Call {
   int64_t strips_stride;
   int64_t rows_stride;
   int64_t block_stride;
+  double* step_seconds;  // [Step::count] thread seconds, added to by a timed instance
 };
 
 }  // namespace jitmoe

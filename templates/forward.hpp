@@ -44,10 +44,14 @@ struct ForwardSteps {
 
   void gather_block(const bf16* tokens, const Block& block, Operand* target) const {
     constexpr int64_t stride = round_up(S.hidden, kKStep);
-    call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,
-                     stride);
-    for (int64_t row = 0; row < block.rows; ++row)
-      for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;
+    {
+      const Lap<S> lap(scratch, Step::gather);
+      call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,
+                       stride);
+      for (int64_t row = 0; row < block.rows; ++row)
+        for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;
+    }
+    const Lap<S> lap(scratch, Step::pack);
     Gemm::pack_rows(scratch.rows, stride, block.rows, S.hidden, target);
   }
 
@@ -55,6 +59,7 @@ struct ForwardSteps {
   void load_x(const Block& block, Operand* target, float* gate_rows, float* up_rows) const {
     gather_block(call.x, block, target);
     if (!call.rank) return;
+    const Lap<S> lap(scratch, Step::low_rank);
     const int64_t expert = block.segment->expert;
     low_rank_block<S, Gemm>(target, block.rows, S.hidden, gate_a(expert).along_columns(), call.rank, scale(),
                             low(call.gate_low, block.index), gate_rows, nullptr);
@@ -64,9 +69,13 @@ struct ForwardSteps {
 
   // result = [x | u] . [W | B]^T for 32 columns of `out`.
   void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel,
-               Lora b, int64_t column, int64_t out, float* result) const {
-    clear(result, segment.rows);
-    Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in, weights, result, scratch.weights);
+               Lora b, int64_t column, int64_t out, Step step, float* result) const {
+    {
+      const Lap<S> lap(scratch, step);
+      clear(result, segment.rows);
+      Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in, weights, result, scratch.weights);
+    }
+    const Lap<S> lap(scratch, Step::low_rank);
     if (call.rank)
       add_low_rank<S, Gemm>(low(low_panel, segment.block), RowBlocks(segment.rows, S.m_step), call.rank,
                             b.along_rows(), column, smaller(kStrip, out - column), result, scratch.weights);
@@ -81,9 +90,10 @@ struct ForwardSteps {
     float* gates = scratch.strip(0, segment.rows);
     float* ups = scratch.strip(1, segment.rows);
     project(segment, call.x_panel, S.hidden, gate_weights, call.gate_low, gate_b(expert), strip * kStrip,
-            S.intermediate, gates);
+            S.intermediate, Step::gate_up, gates);
     project(segment, call.x_panel, S.hidden, up_weights, call.up_low, up_b(expert), strip * kStrip,
-            S.intermediate, ups);
+            S.intermediate, Step::gate_up, ups);
+    const Lap<S> lap(scratch, Step::activation);
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     if (gate) {
@@ -111,6 +121,7 @@ struct ForwardSteps {
   }
 
   void down_low(const Block& block) const {
+    const Lap<S> lap(scratch, Step::low_rank);
     low_rank_block<S, Gemm>(panel(call.act_panel, block.index, S.intermediate), block.rows, S.intermediate,
                             down_a(block.segment->expert).along_columns(), call.rank, scale(),
                             low(call.down_low, block.index), nullptr, nullptr);
@@ -121,11 +132,12 @@ struct ForwardSteps {
     const Weights weights{down_strip(segment.expert, strip), down_strip(next_expert, strip), kBlockElements};
     float* result = scratch.strip(0, segment.rows);
     project(segment, call.act_panel, S.intermediate, weights, call.down_low, down_b(segment.expert),
-            strip * kStrip, S.hidden, result);
+            strip * kStrip, S.hidden, Step::down, result);
     add_to_tokens(segment, strip, result, 1);
   }
 
   void add_to_tokens(const Segment& segment, int64_t strip, const float* values, int64_t weighted) const {
+    const Lap<S> lap(scratch, Step::combine);
     call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted,
                   segment.rows, 0, smaller(kStrip, S.hidden - strip * kStrip), sums_of(call, strip), kStrip);
   }
@@ -155,10 +167,11 @@ void run_forward(const Call& call) {
     [[maybe_unused]] const FloatMode mode;
     [[maybe_unused]] const ThreadState<Gemm> state;
     const ThreadScratch scratch(call);
-    clear_sums<S>(call);
+    clear_sums<S>(call, scratch);
     for (int64_t g = 0; g < call.groups; ++g)
       forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    write_result<S>(call);
+    write_result<S>(call, scratch);
+    report_laps<S>(call, scratch);
   }
 }
 

@@ -81,7 +81,23 @@ struct FloatMode {
 #endif
 };
 
-// This thread's part of the per-thread buffers.
+// What a timed instance measures; kernels.py has the names in the same order.
+enum class Step {
+  gather,
+  pack,
+  low_rank,
+  gate_up,
+  activation,
+  down,
+  combine,
+  act_grad,
+  x_grad,
+  lora_grads,
+  sums,
+  count
+};
+
+// This thread's part of the per-thread buffers, and its clocks.
 struct ThreadScratch {
   float* weights;
   float* strips;
@@ -92,6 +108,7 @@ struct ThreadScratch {
         strips(part(call.thread_strips, call.strips_stride)),
         rows(part(call.thread_rows, call.rows_stride)),
         block(part(call.thread_block, call.block_stride)) {}
+  mutable double seconds[static_cast<int>(Step::count)] = {};
   float* strip(int64_t index, int64_t rows) const { return strips + index * rows * kStrip; }
 
  private:
@@ -100,6 +117,33 @@ struct ThreadScratch {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(base) + omp_get_thread_num() * stride);
   }
 };
+
+// Adds the time until the end of its scope to a step of this thread. Scopes of different steps do not nest.
+template <Shape S>
+class Lap {
+ public:
+  Lap(const ThreadScratch& scratch, Step step) : seconds_(scratch.seconds[static_cast<int>(step)]) {
+    if constexpr (S.timed) start_ = omp_get_wtime();
+  }
+  ~Lap() {
+    if constexpr (S.timed) seconds_ += omp_get_wtime() - start_;
+  }
+  Lap(const Lap&) = delete;
+  Lap& operator=(const Lap&) = delete;
+
+ private:
+  double& seconds_;
+  double start_ = 0;
+};
+
+template <Shape S>
+void report_laps(const Call& call, const ThreadScratch& scratch) {
+  if constexpr (S.timed) {
+#pragma omp critical
+    for (int step = 0; step < static_cast<int>(Step::count); ++step)
+      call.step_seconds[step] += scratch.seconds[step];
+  }
+}
 
 inline void clear(float* strip, int64_t rows) {
   for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = 0.0f;
@@ -110,7 +154,8 @@ inline void clear(float* strip, int64_t rows) {
 inline float* sums_of(const Call& call, int64_t strip) { return call.sums + strip * call.tokens * kStrip; }
 
 template <Shape S>
-void clear_sums(const Call& call) {
+void clear_sums(const Call& call, const ThreadScratch& scratch) {
+  const Lap<S> lap(scratch, Step::sums);
 #pragma omp for schedule(static)
   for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip)
     clear(sums_of(call, strip), call.tokens);
@@ -118,7 +163,8 @@ void clear_sums(const Call& call) {
 
 // The one rounding of the sums into the result.
 template <Shape S>
-void write_result(const Call& call) {
+void write_result(const Call& call, const ThreadScratch& scratch) {
+  const Lap<S> lap(scratch, Step::sums);
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < call.tokens; ++token)
     for (int64_t column = 0; column < S.hidden; column += kStrip) {

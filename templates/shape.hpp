@@ -13,6 +13,7 @@ struct Shape {
   int64_t padded_rank;   // LoRA rank rounded up to kKStep; 0 without LoRA
   int64_t m_step;        // rows of one register block
   bool lora_bf16;        // LoRA parameters are bfloat16 instead of float32
+  bool timed;            // measures the steps of a call, see Lap in parallel.hpp
 };
 
 inline constexpr int64_t kKStep = 32;  // columns of a packed block along the contraction

@@ -15,6 +15,7 @@ from jitmoe.bench.measure import Measurement, Options
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
 from jitmoe.bench.workloads import FORWARD, TRAINING, WORKLOADS, Workload, work_of
 from jitmoe.errors import BenchError, ConfigError
+from jitmoe.kernels import STEPS
 from jitmoe.plan import Shape
 
 TINY = Workload("tiny", experts=4, hidden=64, intermediate=32, top_k=2, rank=8, tokens=12)
@@ -255,7 +256,12 @@ class TestPhases:
         assert min(found.seconds[TRAINING][KERNEL_BACKWARD]) > 0
         assert found.seconds[FORWARD][KERNEL_BACKWARD] == [0.0, 0.0]
         text = phases.phases_table(found)
-        assert KERNEL_FORWARD in text and phases.LORA in text and phases.GATHER in text and "100.0%" in text
+        assert KERNEL_FORWARD in text and phases.LORA in text and "100.0%" in text
+        assert list(found.inside[TRAINING]) == [*STEPS, phases.WAITS]
+        for step in STEPS:
+            assert min(found.inside[TRAINING][step]) > 0, f"{step} took no time in forward and backward"
+        for step in ("act_grad", "x_grad", "lora_grads"):
+            assert found.inside[FORWARD][step] == [0.0, 0.0], f"{step} ran in forward"
 
 
 class TestSweep:

@@ -52,6 +52,12 @@ def test_the_abi_version_is_one_number_everywhere() -> None:
     assert in_header and int(in_header[1]) == kernels.ABI_VERSION == ABI_VERSION
 
 
+def test_steps_mirror_the_header() -> None:
+    header = (template_dir() / "parallel.hpp").read_text(encoding="utf-8")
+    names = re.search(r"enum class Step \{(.*?)\}", header, re.DOTALL)[1]
+    assert [name.strip() for name in names.split(",")] == [*kernels.STEPS, "count"]
+
+
 def test_scratch_names_are_fields_and_buffers() -> None:
     """What the planner may place is exactly what the kernels can be told of."""
     shape, size = plan.Shape("ref", 8, 8, 32, 4, False), memory_module.CallSize(3, 6, 2, 3, 4, 1)

@@ -56,12 +56,12 @@ def check_cell(case: Case, isa: str, m_step: int) -> None:
     assert different(results, again) == [], "recompute=True changed bits"
 
 
-@pytest.mark.parametrize(("case", "isa", "m_step"), cells(with_bfloat16=False))
+@pytest.mark.parametrize(("case", "isa", "m_step"), list(cells(with_bfloat16=False)))
 def test_shape(case: Case, isa: str, m_step: int) -> None:
     check_cell(case, isa, m_step)
 
 
-@pytest.mark.parametrize(("case", "isa", "m_step"), cells(with_bfloat16=True))
+@pytest.mark.parametrize(("case", "isa", "m_step"), list(cells(with_bfloat16=True)))
 def test_shape_with_bfloat16_lora(case: Case, isa: str, m_step: int) -> None:
     check_cell(case, isa, m_step)
 

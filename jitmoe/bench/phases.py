@@ -1,27 +1,24 @@
-"""Where the time of a call of our layer goes, as far as it can be seen from outside the kernels."""
+"""Where the time of a call of our layer goes: around the kernels, and step by step inside timed instances of them."""
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
-from jitmoe import tokens
 from jitmoe.bench.contenders import Contender, check_isa, our_layer
 from jitmoe.bench.data import Batch, batches, make_base, make_lora
 from jitmoe.bench.measure import SEED, call_once
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, ROUTE, watch
-from jitmoe.bench.workloads import FORWARD, PASSES, TRAINING, Work, Workload, work_of
+from jitmoe.bench.workloads import PASSES, TRAINING, Work, Workload, work_of
 from jitmoe.build import table
-from jitmoe.route import route
+from jitmoe.kernels import STEPS as STEPS_INSIDE
 
 REST = "torch and autograd"
 STEPS = (ROUTE, PLAN, KERNEL_FORWARD, KERNEL_BACKWARD, REST)
-GATHER = "gather of x, alone on one thread"
 LORA = "LoRA, against a layer without"
+WAITS = "waiting at barriers"
 
 Steps = defaultdict[str, list[float]]
 """Seconds of each round, by step."""
@@ -35,6 +32,8 @@ class Phases:
         workload: sizes.
         isa: instruction set of the kernels.
         seconds: by pass and step; the steps of :data:`STEPS` add up to the call.
+        inside: by pass and step of :data:`jitmoe.kernels.STEPS`, seconds of the kernels' threads divided by their
+            number; with :data:`WAITS` they add up to the kernels.
         beside: by pass and name, seconds that are part of a step above or were measured apart from the call.
         active: experts touched, of each round.
     """
@@ -42,6 +41,7 @@ class Phases:
     workload: Workload
     isa: str
     seconds: dict[str, Steps] = field(default_factory=lambda: {name: defaultdict(list) for name in PASSES})
+    inside: dict[str, Steps] = field(default_factory=lambda: {name: defaultdict(list) for name in PASSES})
     beside: dict[str, Steps] = field(default_factory=lambda: {name: defaultdict(list) for name in PASSES})
     active: list[int] = field(default_factory=list)
 
@@ -60,6 +60,8 @@ def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
     phases = Phases(workload, isa)
     inputs = batches(workload, generator)
     for training in (False, True):
+        with watch(timed=True):
+            _warm_up([layer], next(inputs), training)
         _warm_up([layer, bare], next(inputs), training)
     for _ in range(repeat):
         batch = next(inputs)
@@ -68,7 +70,6 @@ def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
             _note_call(phases, layer, batch, pass_name)
             if bare:
                 _note_lora(phases, layer, bare, batch, pass_name)
-        phases.beside[FORWARD][GATHER].append(_gather_alone(batch, workload))
     return phases
 
 
@@ -82,10 +83,10 @@ def phases_table(phases: Phases) -> str:
             if seconds:
                 rows.append((pass_name, step, *_figures(seconds, total), _rate(phases, step, seconds)))
         rows.append((pass_name, "all", *_figures(total, total), ""))
-        for name, values in phases.beside[pass_name].items():
-            seconds = statistics.median(values)
-            rate = f"{_gathered_bytes(phases.workload) / seconds / 1e9:.4g} GB/s" if name == GATHER else ""
-            rows.append((pass_name, f"  {name}", *_figures(seconds, total), rate))
+        for part in (phases.inside, phases.beside):
+            for name, values in part[pass_name].items():
+                seconds = statistics.median(values)
+                rows.append((pass_name, f"  {name}", *_figures(seconds, total), _step_rate(phases, name, seconds)))
     return f"{phases.workload.name} on {phases.isa}\n{table(rows)}"
 
 
@@ -95,6 +96,7 @@ def phases_json(phases: Phases) -> dict[str, object]:
         "name": phases.workload.name,
         "isa": phases.isa,
         "passes": {name: dict(steps) for name, steps in phases.seconds.items()},
+        "inside": {name: dict(values) for name, values in phases.inside.items()},
         "beside": {name: dict(values) for name, values in phases.beside.items()},
     }
 
@@ -106,27 +108,21 @@ def _warm_up(contenders: Sequence[Contender | None], batch: Batch, training: boo
 
 
 def _note_call(phases: Phases, layer: Contender, batch: Batch, pass_name: str) -> None:
-    with watch() as trace:
+    with watch(timed=True) as trace:
         total, _ = call_once(layer, batch, pass_name == TRAINING)
     check_isa(phases.isa, trace.kernel_isa())
     known = {step: trace.seconds[step] for step in STEPS if step != REST}
     for step, seconds in (known | {REST: total - sum(known.values())}).items():
         phases.seconds[pass_name][step].append(seconds)
+    inside = dict(zip(STEPS_INSIDE, trace.step_seconds / torch.get_num_threads(), strict=True))
+    waits = trace.seconds[KERNEL_FORWARD] + trace.seconds[KERNEL_BACKWARD] - sum(inside.values())
+    for step, seconds in (inside | {WAITS: waits}).items():
+        phases.inside[pass_name][step].append(float(seconds))
 
 
 def _note_lora(phases: Phases, layer: Contender, bare: Contender, batch: Batch, pass_name: str) -> None:
     with_lora, without = (call_once(contender, batch, pass_name == TRAINING)[0] for contender in (layer, bare))
     phases.beside[pass_name][LORA].append(with_lora - without)
-
-
-def _gather_alone(batch: Batch, workload: Workload) -> float:
-    """Seconds to copy every row of x into expert order; the kernels do it in their threads, a block at a time."""
-    routed = route(batch.topk_ids.numpy(), workload.experts)
-    bits = batch.x.view(torch.uint16).numpy()
-    rows = np.zeros((workload.slots, workload.hidden), np.uint16)
-    start = time.perf_counter()
-    tokens.gather_rows(bits, routed.row_token, 0, workload.hidden, rows)
-    return time.perf_counter() - start
 
 
 def _rate(phases: Phases, step: str, seconds: float) -> str:
@@ -140,8 +136,12 @@ def _rate(phases: Phases, step: str, seconds: float) -> str:
     return f"{work.flop / seconds / 1e9:.4g} GFLOP/s, {work.nbytes / seconds / 1e9:.4g} GB/s"
 
 
-def _gathered_bytes(workload: Workload) -> int:
-    return 2 * workload.slots * workload.hidden * 2
+def _step_rate(phases: Phases, step: str, seconds: float) -> str:
+    """GFLOP/s of the steps that are base products: 2 H I a slot and matrix."""
+    matrices = {"gate_up": 2, "down": 1, "act_grad": 1, "x_grad": 2}.get(step, 0)
+    workload = phases.workload
+    flop = 2.0 * matrices * workload.hidden * workload.intermediate * workload.slots
+    return f"{flop / seconds / 1e9:.4g} GFLOP/s" if flop and seconds else ""
 
 
 def _figures(seconds: float, total: float) -> tuple[str, str]:

@@ -4,13 +4,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from jitmoe.errors import BenchError
-from jitmoe.kernels import Kernels, load
+from jitmoe.kernels import STEPS, Kernels, load
 from jitmoe.plan import Shape
 
 ROUTE, PLAN = "route", "plan"
@@ -28,11 +31,17 @@ SEAMS = (
 
 @dataclass
 class Trace:
-    """Seconds by step, kernels that ran, and the largest scratch that was planned."""
+    """Seconds by step, kernels that ran, and the largest scratch that was planned.
+
+    With ``timed`` the kernels run as timed instances: ``step_seconds`` are thread seconds by
+    :data:`jitmoe.kernels.STEPS`.
+    """
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     shapes: list[Shape] = field(default_factory=list)
     scratch: int = 0
+    timed: bool = False
+    step_seconds: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(STEPS)))
 
     def kernel_isa(self) -> str:
         """The instruction set of the kernels that ran.
@@ -47,12 +56,12 @@ class Trace:
 
 
 @contextmanager
-def watch() -> Iterator[Trace]:
+def watch(timed: bool = False) -> Iterator[Trace]:
     """Note what the layer calls inside the block; the functions between its steps are replaced meanwhile.
 
     Not for timing whole calls: the notes themselves take some microseconds.
     """
-    trace = Trace()
+    trace = Trace(timed=timed)
     watched: dict[tuple[str, str], Callable[..., Any]] = {("jitmoe.experts", "load"): _watched_load(trace, load)}
     for module, name, step in SEAMS:
         watched[module, name] = _timed(trace, step, getattr(import_module(module), name))
@@ -88,13 +97,17 @@ class _WatchedKernels:
     """Kernels that note how long they run; forward and backward are all that a call uses."""
 
     def __init__(self, trace: Trace, kernels: Kernels) -> None:
-        self.forward = _timed(trace, KERNEL_FORWARD, kernels.forward)
-        self.backward = _timed(trace, KERNEL_BACKWARD, kernels.backward)
+        self.forward = _timed(trace, KERNEL_FORWARD, _with_clocks(trace, kernels.forward))
+        self.backward = _timed(trace, KERNEL_BACKWARD, _with_clocks(trace, kernels.backward))
+
+
+def _with_clocks(trace: Trace, run: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    return lambda fields: run(fields | {"step_seconds": trace.step_seconds.ctypes.data})
 
 
 def _watched_load(trace: Trace, load: Callable[[Shape], Kernels]) -> Callable[[Shape], _WatchedKernels]:
     def call(shape: Shape) -> _WatchedKernels:
         trace.shapes.append(shape)
-        return _WatchedKernels(trace, load(shape))
+        return _WatchedKernels(trace, load(replace(shape, timed=trace.timed)))
 
     return call

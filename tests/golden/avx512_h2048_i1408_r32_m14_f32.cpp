@@ -8,6 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 32,
     .m_step = 14,
     .lora_bf16 = false,
+    .timed = false,
 };
 
 extern "C" {
