@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from jitmoe import experts
 from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
+from jitmoe.memory import saved_shape
 from jitmoe.pack import version_of
 from jitmoe.plan import Shape
 from jitmoe.route import Route
@@ -80,9 +81,8 @@ class MoEFunction(torch.autograd.Function):
         saved: tuple[torch.Tensor, ...] = ()
         if context.saves and not context.config.recompute:
             rows = context.route.row_token.size
-            saved = tuple(
-                torch.empty(rows, context.shape.intermediate, dtype=torch.bfloat16, device=x.device) for _ in range(2)
-            )
+            extent = saved_shape(context.shape.intermediate, rows)
+            saved = tuple(torch.empty(extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
         tensors = (
             _inputs(context, operand, lora) | _result(out) | dict(zip(("saved_gate", "saved_up"), saved, strict=False))
         )

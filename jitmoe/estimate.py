@@ -1,6 +1,7 @@
 """How much memory a model's experts will take, from their sizes alone: nothing is allocated and nothing compiled."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from jitmoe import cpu
 from jitmoe.build import table
 from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
-from jitmoe.memory import ITEM_BYTES, CallSize, plan_backward, plan_forward, row_bytes
+from jitmoe.memory import ITEM_BYTES, CallSize, plan_backward, plan_forward, row_bytes, saved_shape
 from jitmoe.plan import Shape, packed_elements, plan_groups, plan_kernels
 
 MAX_TOKENS = 1 << 24
@@ -159,7 +160,11 @@ def _items(load: Load) -> tuple[Item, ...]:
         items.append(Item("gradients", "LoRA", adapters, layers))
         items.append(Item("optimizer", "AdamW, two moments", ADAM_STATES * adapters, layers))
     if load.training:
-        saved = 0 if config.recompute else load.slots * 2 * config.intermediate_size * ITEM_BYTES["bfloat16"]
+        saved = (
+            0
+            if config.recompute
+            else 2 * math.prod(saved_shape(config.intermediate_size, load.slots)) * ITEM_BYTES["bfloat16"]
+        )
         items.append(Item("saved", "gate and up before the activation", saved, layers))
         items.append(Item("saved", "x, routing weights and routes", rows_of_x + _route_bytes(load), layers))
         items.append(Item("results", "out and gradient of x", 2 * rows_of_x, 1))

@@ -88,6 +88,7 @@ def _fields(call: ExpertCall, groups: Groups, plan: MemoryPlan, base: int) -> di
         "group_segments": groups.bounds.ctypes.data,
         "groups": len(groups.bounds) - 1,
         "tokens": call.tokens,
+        "rows": call.route.row_token.size,
         "rank": call.rank,
         "threads": usable_threads(call.threads),
         "scale": call.scale,

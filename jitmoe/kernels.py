@@ -23,7 +23,7 @@ _POINTERS_IN = """
     down_lora_a_grad down_lora_b_grad saved_gate saved_up result result_float weights_grad row_token
     row_slot row_weight segments group_segments
 """.split()  # noqa: SIM905
-_NUMBERS = ["groups", "tokens", "rank", "threads"]
+_NUMBERS = ["groups", "tokens", "rows", "rank", "threads"]
 _FUNCTIONS = ["gather_rows", "sum_rows"]
 SCRATCH = """
     sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low gate_low_rows

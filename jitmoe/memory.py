@@ -128,11 +128,16 @@ def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -
         buffers += [Buffer(name, (size.rows, size.rank), "float32", *life) for name, life in lives.items()]
     if recompute:
         buffers.append(_panel("x_panel", shape, size, shape.hidden, load, gate_up))
-        group = (size.rows, shape.intermediate)
+        group = saved_shape(shape.intermediate, size.rows)
         buffers += [Buffer(name, group, "bfloat16", gate_up, act_grad) for name in ("group_gate", "group_up")]
     if x_grad:
         buffers.append(_sums(shape, size, last))
     return prove(place(buffers))
+
+
+def saved_shape(intermediate: int, rows: int) -> tuple[int, int, int]:
+    """Shape of gate, and of up, as they are kept for backward: bfloat16, strip by strip."""
+    return ceil_div(intermediate, N_STRIP), rows, N_STRIP
 
 
 def operand_dtype(shape: Shape) -> str:

@@ -20,13 +20,16 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   bool recomputes() const { return !call.saved_gate; }
   bool wants_lora() const { return call.rank && call.gate_lora_a_grad; }
 
-  bf16* gate_of(const Segment& segment) const {
-    return recomputes() ? call.group_gate + (segment.row - group.first_row) * S.intermediate
-                        : call.saved_gate + segment.row * S.intermediate;
+  bf16* gate_of(const Segment& segment, int64_t strip) const {
+    return recomputes() ? group_strip(call.group_gate, segment, strip)
+                        : this->saved_strip(call.saved_gate, strip, call.rows, segment.row);
   }
-  bf16* up_of(const Segment& segment) const {
-    return recomputes() ? call.group_up + (segment.row - group.first_row) * S.intermediate
-                        : call.saved_up + segment.row * S.intermediate;
+  bf16* up_of(const Segment& segment, int64_t strip) const {
+    return recomputes() ? group_strip(call.group_up, segment, strip)
+                        : this->saved_strip(call.saved_up, strip, call.rows, segment.row);
+  }
+  bf16* group_strip(bf16* saved, const Segment& segment, int64_t strip) const {
+    return this->saved_strip(saved, strip, group.rows, segment.row - group.first_row);
   }
 
   void load(const Block& block) const {
@@ -80,8 +83,8 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     float* acts = scratch.strip(1, segment.rows);
     float* gates = scratch.strip(2, segment.rows);
     float* ups = scratch.strip(3, segment.rows);
-    load_columns(gate_of(segment), segment.rows, column, columns, gates);
-    load_columns(up_of(segment), segment.rows, column, columns, ups);
+    load_bf16(gate_of(segment, strip), segment.rows, columns, gates);
+    load_bf16(up_of(segment, strip), segment.rows, columns, ups);
     clear_padding(out, segment.rows, columns);
     const int64_t strips = ceil_div(S.intermediate, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row) {
@@ -107,11 +110,10 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                      column, columns, call.up_lora_b_grad + at, scratch.weights);
   }
 
-  // 32 columns of a saved [rows, I] matrix as float32, zeros beyond its edge.
-  static void load_columns(const bf16* saved, int64_t rows, int64_t column, int64_t columns, float* strip) {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < kStrip; ++c)
-        strip[row * kStrip + c] = c < columns ? to_float(saved[row * S.intermediate + column + c]) : 0.0f;
+  // The reverse of store_bf16, with zeros beyond the edge of the matrix.
+  static void load_bf16(const bf16* saved, int64_t rows, int64_t columns, float* strip) {
+    for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = to_float(saved[i]);
+    clear_padding(strip, rows, columns);
   }
 
   static void clear_padding(float* strip, int64_t rows, int64_t columns) {
@@ -166,12 +168,12 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                               this->low_rows(call.down_in_rows, block.row), call.row_weight + block.row);
   }
 
-  void x_grad(const Segment& segment, int64_t next_expert, int64_t strip) const {
+  void x_grad(const Segment& segment, const Next& next, int64_t strip) const {
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.hidden - column);
     if (call.sums) {
       float* sum = scratch.strip(0, segment.rows);
-      gate_up_product(segment, next_expert, strip, sum);
+      gate_up_product(segment, next, strip, sum);
       if (call.rank) add_x_low_rank(segment, column, columns, sum);
       this->add_to_tokens(segment, strip, sum, 0);
     }
@@ -179,13 +181,13 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   }
 
   // sum = dgate . W_gate + dup . W_up for 32 columns of H.
-  void gate_up_product(const Segment& segment, int64_t next_expert, int64_t strip, float* sum) const {
+  void gate_up_product(const Segment& segment, const Next& next, int64_t strip, float* sum) const {
     const Lap<S> lap(scratch, Step::x_grad);
     const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
     clear(sum, segment.rows);
     add_base(segment, call.gate_panel, gate, up, sum);
-    add_base(segment, call.up_panel, up, this->gate_strip(next_expert, 0) + strip * kBlockElements, sum);
+    add_base(segment, call.up_panel, up, this->gate_strip(next.expert, 0) + next.strip * kBlockElements, sum);
     Gemm::settle(sum, segment.rows);
   }
 
@@ -225,8 +227,9 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns,
                      scratch.rows, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row)
-      for (int64_t c = 0; c < kStrip; ++c)
-        strip[row * kStrip + c] = c < columns ? to_float(scratch.rows[row * kStrip + c]) : 0.0f;
+      for (int64_t c = 0; c < columns; ++c)
+        strip[row * kStrip + c] = to_float(scratch.rows[row * kStrip + c]);
+    clear_padding(strip, segment.rows, columns);
   }
 };
 
@@ -236,13 +239,13 @@ void backward_group(const Call& call, const Group& group, const ThreadScratch& s
   for_each_block<S>(group, [&](const Block& block) { steps.load(block); });
   if (steps.recomputes())
     for_each_segment_strip(group, S.intermediate, [&](const Segment& segment, int64_t strip) {
-      steps.gate_up(segment, strip, steps.gate_of(segment), steps.up_of(segment), nullptr);
+      steps.gate_up(segment, strip, steps.gate_of(segment, strip), steps.up_of(segment, strip), nullptr);
     });
   for_each_segment_strip(group, S.intermediate,
                          [&](const Segment& segment, int64_t strip) { steps.act_grad(segment, strip); });
   for_each_block<S>(group, [&](const Block& block) { steps.low_grads(block); });
-  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t next_expert, int64_t strip) {
-    steps.x_grad(segment, next_expert, strip);
+  for_each_strip(group, S.hidden, [&](const Segment& segment, const Next& next, int64_t strip) {
+    steps.x_grad(segment, next, strip);
   });
 }
 

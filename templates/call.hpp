@@ -42,8 +42,8 @@ struct Call {
   float* up_lora_b_grad;
   float* down_lora_a_grad;
   float* down_lora_b_grad;
-  bf16* saved_gate;     // [S, I] before the activation; written by forward where not null
-  bf16* saved_up;       // [S, I]
+  bf16* saved_gate;  // [strips of I, S, 32] before the activation; written by forward where not null
+  bf16* saved_up;
   bf16* result;         // [T, H] out in forward, the gradient of x in backward; one of the two is null,
   float* result_float;  // both if no gradient of x is wanted
   float* weights_grad;  // [T * K], zero before the call
@@ -55,6 +55,7 @@ struct Call {
   const int64_t* group_segments;  // [groups + 1] ranges of segments that share the scratch at one time
   int64_t groups;
   int64_t tokens;
+  int64_t rows;
   int64_t rank;
   int64_t threads;
   double scale;
@@ -77,7 +78,7 @@ struct Call {
   float* up_in_rows;
   float* down_in_rows;  // [rows, r] of s a A^T times the routing weight
   float* dot_parts;     // [rows, strips of I] parts of the gradient of the routing weights
-  bf16* group_gate;     // [rows, I] gate and up where they are computed again
+  bf16* group_gate;     // [strips of I, rows, 32] gate and up where they are computed again
   bf16* group_up;
   float* thread_weights;   // of each thread: expanded weights
   float* thread_strips;    // strips of float32 columns

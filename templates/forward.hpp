@@ -82,7 +82,7 @@ struct ForwardSteps {
   }
 
   // Gate and up of 32 columns; their activation goes into act_panel, their values where `gate` and `up`
-  // point (row 0 is the segment's first), each only where wanted.
+  // point, each only where wanted.
   void gate_up(const Segment& segment, int64_t strip, bf16* gate, bf16* up, void* act_panel) const {
     const int64_t expert = segment.expert;
     const Weights gate_weights{gate_strip(expert, strip), up_strip(expert, strip), kBlockElements};
@@ -97,8 +97,8 @@ struct ForwardSteps {
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     if (gate) {
-      store_bf16(gates, segment.rows, column, columns, gate);
-      store_bf16(ups, segment.rows, column, columns, up);
+      store_bf16(gates, segment.rows, gate);
+      store_bf16(ups, segment.rows, up);
     }
     if (!act_panel) return;
 #pragma omp simd
@@ -106,10 +106,14 @@ struct ForwardSteps {
     store_panel(gates, segment, column, columns, act_panel);
   }
 
-  static void store_bf16(const float* strip, int64_t rows, int64_t column, int64_t columns, bf16* target) {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < columns; ++c)
-        target[row * S.intermediate + column + c] = to_bf16(strip[row * kStrip + c]);
+  // Where the 32 columns of some rows lie in a saved matrix [strips, all_rows, 32]: strip by strip, because
+  // pieces of 64 bytes a row would each touch another page.
+  static bf16* saved_strip(bf16* saved, int64_t strip, int64_t all_rows, int64_t row) {
+    return saved ? saved + (strip * all_rows + row) * kStrip : nullptr;
+  }
+
+  static void store_bf16(const float* strip, int64_t rows, bf16* target) {
+    for (int64_t i = 0; i < rows * kStrip; ++i) target[i] = to_bf16(strip[i]);
   }
 
   void store_panel(const float* strip, const Segment& segment, int64_t column, int64_t columns,
@@ -128,8 +132,9 @@ struct ForwardSteps {
   }
 
   // 32 columns of down, added to the sums of the tokens with the routing weights.
-  void down(const Segment& segment, int64_t next_expert, int64_t strip) const {
-    const Weights weights{down_strip(segment.expert, strip), down_strip(next_expert, strip), kBlockElements};
+  void down(const Segment& segment, const Next& next, int64_t strip) const {
+    const Weights weights{down_strip(segment.expert, strip), down_strip(next.expert, next.strip),
+                          kBlockElements};
     float* result = scratch.strip(0, segment.rows);
     project(segment, call.act_panel, S.intermediate, weights, call.down_low, down_b(segment.expert),
             strip * kStrip, S.hidden, Step::down, result);
@@ -150,13 +155,12 @@ void forward_group(const Call& call, const Group& group, const ThreadScratch& sc
     steps.load_x(block, steps.panel(call.x_panel, block.index, S.hidden), nullptr, nullptr);
   });
   for_each_segment_strip(group, S.intermediate, [&](const Segment& segment, int64_t strip) {
-    bf16* gate = call.saved_gate ? call.saved_gate + segment.row * S.intermediate : nullptr;
-    bf16* up = call.saved_up ? call.saved_up + segment.row * S.intermediate : nullptr;
-    steps.gate_up(segment, strip, gate, up, call.act_panel);
+    steps.gate_up(segment, strip, steps.saved_strip(call.saved_gate, strip, call.rows, segment.row),
+                  steps.saved_strip(call.saved_up, strip, call.rows, segment.row), call.act_panel);
   });
   if (call.rank) for_each_block<S>(group, [&](const Block& block) { steps.down_low(block); });
-  for_each_strip(group, S.hidden, [&](const Segment& segment, int64_t next_expert, int64_t strip) {
-    steps.down(segment, next_expert, strip);
+  for_each_strip(group, S.hidden, [&](const Segment& segment, const Next& next, int64_t strip) {
+    steps.down(segment, next, strip);
   });
 }
 

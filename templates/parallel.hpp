@@ -17,13 +17,15 @@ struct Group {
   int64_t count;
   int64_t blocks;     // row blocks of all segments
   int64_t first_row;  // row 0 of the group's row-major scratch
+  int64_t rows;
 };
 
 inline Group group_of(const Call& call, int64_t index, int64_t m_step) {
   const Segment* begin = call.segments + call.group_segments[index];
   const int64_t count = call.group_segments[index + 1] - call.group_segments[index];
   const Segment& last = begin[count - 1];
-  return {begin, count, last.block + ceil_div(last.rows, m_step), begin->row};
+  return {begin, count, last.block + ceil_div(last.rows, m_step), begin->row,
+          last.row + last.rows - begin->row};
 }
 
 struct Block {
@@ -58,14 +60,32 @@ void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
   for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
 }
 
-// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, expert
-// of the segment that follows, strip).
+// Where this thread goes after an item: what it may prefetch.
+struct Next {
+  int64_t expert;
+  int64_t strip;
+};
+
+// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, next,
+// strip). Several strips at a time, so that the panel of an expert is read from L2 by all but the first of
+// them; few enough that every thread has some.
 template <class F>
 void for_each_strip(const Group& group, int64_t columns, F&& f) {
+  constexpr int64_t kMost = 8;
+  const int64_t strips = ceil_div(columns, kStrip);
+  const int64_t share = strips / (4 * omp_get_num_threads());
+  const int64_t step = share < 1 ? 1 : smaller(share, kMost);
 #pragma omp for schedule(dynamic)
-  for (int64_t strip = 0; strip < ceil_div(columns, kStrip); ++strip)
+  for (int64_t first = 0; first < strips; first += step) {
+    const int64_t end = smaller(first + step, strips);
     for (int64_t s = 0; s < group.count; ++s)
-      f(group.segments[s], group.segments[smaller(s + 1, group.count - 1)].expert, strip);
+      for (int64_t strip = first; strip < end; ++strip) {
+        const int64_t following = group.segments[smaller(s + 1, group.count - 1)].expert;
+        const bool last = strip + 1 == end;
+        f(group.segments[s], Next{last ? following : group.segments[s].expert, last ? first : strip + 1},
+          strip);
+      }
+  }
 }
 
 // Rounding to nearest and denormals as IEEE 754 has them, while it lives. Another library may have set
