@@ -82,7 +82,7 @@ class MoEFunction(torch.autograd.Function):
         if context.saves and not context.config.recompute:
             rows = context.route.row_token.size
             extent = saved_shape(context.shape.intermediate, rows)
-            saved = tuple(torch.empty(extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+            saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
         tensors = (
             _inputs(context, operand, lora) | _result(out) | dict(zip(("saved_gate", "saved_up"), saved, strict=False))
         )
