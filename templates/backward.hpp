@@ -249,19 +249,4 @@ void backward_group(const Call& call, const Group& group, const ThreadScratch& s
   });
 }
 
-template <Shape S, class Gemm>
-void run_backward(const Call& call) {
-#pragma omp parallel num_threads(static_cast<int>(call.threads))
-  {
-    [[maybe_unused]] const FloatMode mode;
-    [[maybe_unused]] const ThreadState<Gemm> state;
-    const ThreadScratch scratch(call);
-    if (call.sums) clear_sums<S>(call, scratch);
-    for (int64_t g = 0; g < call.groups; ++g)
-      backward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    if (call.sums) write_result<S>(call, scratch);
-    report_laps<S>(call, scratch);
-  }
-}
-
 }  // namespace jitmoe

@@ -164,19 +164,4 @@ void forward_group(const Call& call, const Group& group, const ThreadScratch& sc
   });
 }
 
-template <Shape S, class Gemm>
-void run_forward(const Call& call) {
-#pragma omp parallel num_threads(static_cast<int>(call.threads))
-  {
-    [[maybe_unused]] const FloatMode mode;
-    [[maybe_unused]] const ThreadState<Gemm> state;
-    const ThreadScratch scratch(call);
-    clear_sums<S>(call, scratch);
-    for (int64_t g = 0; g < call.groups; ++g)
-      forward_group<S, Gemm>(call, group_of(call, g, S.m_step), scratch);
-    write_result<S>(call, scratch);
-    report_laps<S>(call, scratch);
-  }
-}
-
 }  // namespace jitmoe

@@ -37,12 +37,14 @@ auto gemm_of() {
 
 template <Shape S>
 void forward(const Call& call) {
-  run_forward<S, decltype(gemm_of<S>())>(call);
+  using Gemm = decltype(gemm_of<S>());
+  run<S, Gemm>(call, forward_group<S, Gemm>);
 }
 
 template <Shape S>
 void backward(const Call& call) {
-  run_backward<S, decltype(gemm_of<S>())>(call);
+  using Gemm = decltype(gemm_of<S>());
+  run<S, Gemm>(call, backward_group<S, Gemm>);
 }
 
 }  // namespace jitmoe

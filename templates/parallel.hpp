@@ -198,4 +198,19 @@ void write_result(const Call& call, const ThreadScratch& scratch) {
     }
 }
 
+// A pass: group after group on all threads, between clearing the token sums and rounding them.
+template <Shape S, class Gemm, class F>
+void run(const Call& call, F&& run_group) {
+#pragma omp parallel num_threads(static_cast<int>(call.threads))
+  {
+    [[maybe_unused]] const FloatMode mode;
+    [[maybe_unused]] const ThreadState<Gemm> state;
+    const ThreadScratch scratch(call);
+    if (call.sums) clear_sums<S>(call, scratch);
+    for (int64_t g = 0; g < call.groups; ++g) run_group(call, group_of(call, g, S.m_step), scratch);
+    if (call.sums) write_result<S>(call, scratch);
+    report_laps<S>(call, scratch);
+  }
+}
+
 }  // namespace jitmoe

@@ -1,13 +1,10 @@
 """What the machine can do at most, measured in the same run as everything that is compared with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from jitmoe import cpu, kernels, render, workspace
+from jitmoe import cpu, kernels, workspace
 from jitmoe.build import ensure
-from jitmoe.render import Instance
-
-SOURCE = "ceilings.cpp"
+from jitmoe.render import read_program
 
 READ_BYTES = 5 << 28
 """1.25 GiB: beyond every cache."""
@@ -18,14 +15,6 @@ STEPS = 4_000_000
 Rates = dict[str, float]
 """Operations or bytes a second: ``fma`` float32, ``bf16`` dot products, ``vnni`` int8, ``read`` of memory. What the
 CPU lacks is not in it."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Takes the shape's place in an Instance: the build needs a name and an instruction set."""
-
-    isa: str
-    name: str = "ceilings"
 
 
 class Ceilings:
@@ -42,16 +31,15 @@ class Ceilings:
 
     def __init__(self, threads: int, read_bytes: int = READ_BYTES, steps: int = STEPS) -> None:
         isa = cpu.resolve_isa("auto")
-        text = (render.template_dir() / SOURCE).read_text(encoding="utf-8")
-        self._library = ensure(Instance(_Source(isa), text))  # type: ignore[arg-type]
+        self._library = ensure(read_program("ceilings", isa))
         self.threads, self._steps = threads, steps
         self._memory = workspace.allocate(read_bytes)
         self._function("fill", 3)(threads, self._memory.ctypes.data, read_bytes)
         self._read = self._function("peak_read", 3)
         self._loops = {"fma": self._function("peak_fma", 2)}
-        if isa == "avx512_bf16":
+        if isa in ("amx", "avx512_bf16"):
             self._loops["bf16"] = self._function("peak_bf16", 2)
-        if isa.startswith("avx512") and "avx512vnni" in cpu.detect().features:
+        if isa not in ("avx2", "ref") and "avx512vnni" in cpu.detect().features:
             self._loops["vnni"] = self._function("peak_vnni", 2)
 
     @property
