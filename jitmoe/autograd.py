@@ -18,6 +18,7 @@ from jitmoe.pack import version_of
 from jitmoe.plan import Shape
 from jitmoe.route import Route
 
+SAVED_NAMES = ("saved_gate", "saved_up")
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -83,9 +84,7 @@ class MoEFunction(torch.autograd.Function):
             rows = context.route.row_token.size
             extent = saved_shape(context.shape.intermediate, rows)
             saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-        tensors = (
-            _inputs(context, operand, lora) | _result(out) | dict(zip(("saved_gate", "saved_up"), saved, strict=False))
-        )
+        tensors = _inputs(context, operand, lora) | _result(out) | dict(zip(SAVED_NAMES, saved, strict=False))
         experts.forward(context.expert_call(weights, tokens), _addresses(tensors))
         ctx.context = context
         ctx.save_for_backward(x, weights, *lora, *saved)
@@ -107,24 +106,22 @@ class MoEFunction(torch.autograd.Function):
         operand, out_operand = (t.to(torch.bfloat16).contiguous().resolve_neg() for t in (x, out_grad))
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         weights_grad = torch.zeros_like(weights, dtype=torch.float32, memory_format=torch.contiguous_format)
-        lora_grads = [torch.zeros_like(p, dtype=torch.float32) for p in lora] if any(ctx.needs_input_grad[3:]) else []
+        wanted = ctx.needs_input_grad[3:]
+        lora_grads = [torch.zeros_like(p, dtype=torch.float32) for p in lora] if any(wanted) else []
         tensors = (
             _inputs(context, operand, lora)
             | ({} if x_grad is None else _result(x_grad))
             | {f"{name}_grad": grad for name, grad in zip(LORA_NAMES, lora_grads, strict=False)}
-            | dict(zip(("saved_gate", "saved_up"), saved, strict=False))
+            | dict(zip(SAVED_NAMES, saved, strict=False))
             | {"out_grad": out_operand, "weights_grad": weights_grad}
         )
         experts.backward(context.expert_call(weights, x.shape[0]), _addresses(tensors))
-        wanted = ctx.needs_input_grad[3:]
+        results = [g.to(p.dtype) if w else None for g, p, w in zip(lora_grads, lora, wanted, strict=False)]
         return (
             None,
             x_grad,
             weights_grad.to(weights.dtype) if ctx.needs_input_grad[2] else None,
-            *(
-                g.to(p.dtype) if w else None
-                for g, p, w in zip(lora_grads or [weights] * count, lora, wanted, strict=False)
-            ),
+            *(results or [None] * count),
         )
 
 

@@ -4,8 +4,8 @@
 // streams it from memory once, front to back:
 //
 //              block 0 (in 0..31)      block 1 (in 32..63)
-//   strip 0   [tile 0 | tile 1]       [tile 0 | tile 1]       ...        tile 0: out 0..15, tile 1:
-//   out 16..31 strip 1   [tile 0 | tile 1]       ...
+//   strip 0   [tile 0 | tile 1]       [tile 0 | tile 1]       ...        tile 0: out 0..15
+//   strip 1   [tile 0 | tile 1]       ...                               tile 1: out 16..31
 //
 //   one tile, 1 KB:   out    0        1       ...     15
 //     in  0, 1           [w00 w01] [w10 w11]  ...  [wf0 wf1]     consecutive pairs along `in` share a
@@ -25,9 +25,9 @@
 //   block_elements(k)                                       Operands of one row block
 //   pack_rows(rows, stride, count, k, block)                rows of bfloat16, zero up to a multiple of 32,
 //                                                           -> one row block
-//   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> the same columns of a
-//   block forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs,
-//   k]^T backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
+//   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> those of a row block
+//   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
+//   backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
 //   settle(strip, rows)                                     columns of a backward strip into natural order
 //   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
 //   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
@@ -77,9 +77,7 @@ class Ahead {
       : chunk_(first_block + chunk_blocks < all_blocks ? weights.block(first_block + chunk_blocks)
                                                        : weights.next),
         stride_(weights.stride),
-        parts_(sweeps >= 4   ? 4
-               : sweeps >= 2 ? 2
-                             : 1) {}
+        parts_(sweeps >= 4 ? 4 : smaller(sweeps, 2)) {}
 
   void fetch(int64_t sweep, int64_t block) const {
     if (!chunk_ || sweep >= parts_) return;

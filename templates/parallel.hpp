@@ -50,8 +50,8 @@ void for_each_block(const Group& group, F&& f) {
   for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
 }
 
-inline constexpr int kNeighbours =
-    4;  // strips in a row for one thread, so that what it prefetches is its own
+// Strips in a row for one thread, so that what it prefetches is its own.
+inline constexpr int kNeighbours = 4;
 
 template <class F>
 void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
