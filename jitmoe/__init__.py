@@ -4,23 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jitmoe.kernels  # noqa: F401  its checks belong to what this machine can execute
+from jitmoe.budget import MemoryPlan
 from jitmoe.build import build
 from jitmoe.config import MoEConfig
 
 if TYPE_CHECKING:
     from jitmoe.layer import MoELayer
     from jitmoe.pack import safetensors_source
+    from jitmoe.tracing import trace
 
-__all__ = ["MoEConfig", "MoELayer", "build", "safetensors_source"]
+__all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "safetensors_source", "trace"]
 __version__ = "0.1.0"
 
-_NEED_TORCH = {"MoELayer": "jitmoe.layer", "safetensors_source": "jitmoe.pack"}
+_LAZY = {"MoELayer": "jitmoe.layer", "safetensors_source": "jitmoe.pack", "trace": "jitmoe.tracing"}
 """Loaded at first use: the command line works, and says so, where torch is missing or slow to load."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(import_module(_NEED_TORCH[name]), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'jitmoe' has no attribute {name!r}")
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.autograd.function import once_differentiable
 
-from jitmoe import experts
+from jitmoe import experts, tracing
 from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
 from jitmoe.memory import saved_shape
@@ -85,7 +85,7 @@ class MoEFunction(torch.autograd.Function):
             extent = saved_shape(context.shape.intermediate, rows)
             saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
         tensors = _inputs(context, operand, lora) | _result(out) | dict(zip(SAVED_NAMES, saved, strict=False))
-        experts.forward(context.expert_call(weights, tokens), _addresses(tensors))
+        tracing.forward(context.expert_call(weights, tokens), _addresses(tensors))
         ctx.context = context
         ctx.save_for_backward(x, weights, *lora, *saved)
         return out
@@ -115,7 +115,7 @@ class MoEFunction(torch.autograd.Function):
             | dict(zip(SAVED_NAMES, saved, strict=False))
             | {"out_grad": out_operand, "weights_grad": weights_grad}
         )
-        experts.backward(context.expert_call(weights, x.shape[0]), _addresses(tensors))
+        tracing.backward(context.expert_call(weights, x.shape[0]), _addresses(tensors))
         results = [g.to(p.dtype) if w else None for g, p, w in zip(lora_grads, lora, wanted, strict=False)]
         return (
             None,

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 from jitmoe import cache, cpu, plan, render, settings, toolchain
 from jitmoe.build import build, instance_key, table, template_headers
-from jitmoe.config import ISAS, LORA_DTYPES, MoEConfig
+from jitmoe.config import ISAS, LORA_DTYPES, MoEConfig, read_fields
 from jitmoe.errors import ConfigError, JitmoeError
 
 OPENMP_PROGRAM = """#include <omp.h>
@@ -23,6 +22,9 @@ extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
 """
 
 MISSING = "not installed"
+
+DEFAULT_CHECK = "W1"
+"""The workload of ``jitmoe check``: the sizes at which the ancestor's first NaN was logged."""
 
 REQUIRED_FIELDS = ("num_experts", "hidden_size", "intermediate_size", "top_k")
 
@@ -60,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_estimate_options(
         _command(commands, "estimate", _estimate, "print how much memory a model's experts will take")
     )
+
+    _add_replay_options(
+        _command(commands, "replay", _replay, "compute a captured call again, beside float64 and plain torch")
+    )
+    _add_check_options(_command(commands, "check", _check, "hold the layer to the error rule; exit 1 outside of it"))
 
     store = _command(commands, "cache", None, "where compiled kernels are kept")
     actions = store.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -117,6 +124,13 @@ def _add_estimate_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="save nothing for backward and compute gate and up again there",
     )
+    parser.add_argument(
+        "--memory-budget",
+        type=int,
+        metavar="BYTES",
+        default=argparse.SUPPRESS,
+        help="compare one layer and its call with this memory_budget",
+    )
     _add_config_options(parser)
 
 
@@ -140,16 +154,43 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="quarter H and I, half the points of a sweep")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--phases", action="store_true", help="show where the time of a call of our layer goes")
+    mode.add_argument(
+        "--predict", action="store_true", help="what other machines should take, checked against this one"
+    )
     mode.add_argument("--sweep", choices=("tokens", "experts", "rank", "threads"), help="cost along one axis")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: the roofline, or the sweep")
+
+
+def _add_replay_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="of layer.capture(), or of the log's format")
+    parser.add_argument("--isa", choices=("auto", *ISAS), help="default: that of the file, or the best usable one")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="A", help="for a file of the log's format that does not say"
+    )
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workload", nargs="?", metavar="WORKLOAD", help="sizes by name, as in bench; default without sizes: W1"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("accuracy", "perf", "real_data", "debug"),
+        default="accuracy",
+        help="accuracy: all results beside float64 and plain torch; perf: times beside this machine's ceilings; "
+        "real_data: a captured call; debug: expert by expert, to the first step that deviates",
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="T, tokens of the call; default: the workload's, or 48")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the call of real_data, as for replay")
+    _add_config_options(parser)
 
 
 def _config(arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> MoEConfig:
     """The config of ``--config`` and the options, options first, ``defaults`` last."""
     known = {field.name for field in dataclasses.fields(MoEConfig)}
     fields = dict(defaults or {})
-    fields |= {} if arguments.config is None else _read_fields(arguments.config, known)
+    fields |= {} if arguments.config is None else _known_fields(arguments.config, known)
     fields |= {name: value for name, value in vars(arguments).items() if name in known}
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     if missing:
@@ -158,16 +199,11 @@ def _config(arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = 
     return MoEConfig(**fields)
 
 
-def _read_fields(path: Path, known: set[str]) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"--config {path} must hold a JSON object with fields of MoEConfig")
+def _known_fields(path: Path, known: set[str]) -> dict[str, Any]:
+    fields = read_fields(path, "fields of MoEConfig")
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ConfigError(f"--config {path} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ConfigError(f"{path} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return fields
 
 
@@ -193,6 +229,25 @@ def _bench(arguments: argparse.Namespace) -> int:
     from jitmoe.bench import command
 
     return command.run(arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from jitmoe.replay import run
+
+    return run(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from jitmoe.bench.workloads import find_workload
+    from jitmoe.check import run
+
+    sizes_given = arguments.config is not None or any(name in arguments for name in REQUIRED_FIELDS)
+    name = arguments.workload or (None if sizes_given else DEFAULT_CHECK)
+    workload = None if name is None else find_workload(name)
+    defaults = None if workload is None else dataclasses.asdict(workload.config("auto"))
+    usual = workload or find_workload(DEFAULT_CHECK)
+    tokens = usual.tokens if arguments.tokens is None else arguments.tokens
+    return run(arguments, _config(arguments, defaults), tokens)
 
 
 def _estimate(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,9 @@
 """What the user asks for: the sizes of the layer and of its adapters."""
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jitmoe import settings
@@ -34,6 +36,9 @@ class MoEConfig:
         allow_skip: an expert id outside [0, E) is a slot to skip (expert parallelism), not an error.
         batch_invariant: a token's results do not depend on which other tokens share the call.
         recompute: save nothing for backward and compute gate and up again there.
+        memory_budget: bytes that the layer and one call of it may hold at once (see
+            :class:`~jitmoe.budget.MemoryPlan`); more is a :class:`~jitmoe.errors.BudgetError` before anything is
+            allocated. None is no limit.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed.
@@ -52,6 +57,7 @@ class MoEConfig:
     allow_skip: bool = False
     batch_invariant: bool = False
     recompute: bool = False
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -64,6 +70,9 @@ class MoEConfig:
             _check_int(name, getattr(self, name), least)
         if self.m_step is not None:
             _check_int("m_step", self.m_step, 1)
+        budget = self.memory_budget
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+            raise ConfigError(f"memory_budget must be None or a positive number of bytes, an int; got {budget!r}")
         if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
         _check_choice("lora_dtype", self.lora_dtype, LORA_DTYPES)
@@ -99,3 +108,22 @@ def _check_int(name: str, value: Any, least: int) -> None:
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def read_fields(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        what: it should hold, for the error message.
+
+    Raises:
+        ConfigError: naming the file, if it cannot be read or holds anything else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a JSON object, {what}")
+    return fields

@@ -29,8 +29,20 @@ class WeightsChangedError(JitmoeError, RuntimeError):
     """The frozen, packed base weights were written to after the layer was built."""
 
 
+class PackedFileError(JitmoeError, OSError):
+    """A file of packed weights is missing, damaged, of another layout or of another layer, or cannot be written."""
+
+
+class CaptureError(JitmoeError, OSError):
+    """A call cannot be captured in a file, or a file holds no call that can be replayed."""
+
+
 class PlanError(JitmoeError, RuntimeError):
     """A plan contradicts itself: two live buffers share addresses, or a size is impossible."""
+
+
+class BudgetError(JitmoeError, MemoryError):
+    """A layer or a call would hold more than ``memory_budget`` allows. Nothing was allocated for it."""
 
 
 class IsaError(JitmoeError, RuntimeError):
@@ -51,3 +63,7 @@ class KernelError(JitmoeError, RuntimeError):
 
 class BenchError(JitmoeError, RuntimeError):
     """A benchmark would have measured something other than what it says."""
+
+
+class TraceError(JitmoeError, RuntimeError):
+    """The report of a trace cannot be drawn: no call was traced, or matplotlib is missing."""

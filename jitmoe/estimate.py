@@ -1,38 +1,31 @@
 """How much memory a model's experts will take, from their sizes alone: nothing is allocated and nothing compiled."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jitmoe import cpu
+from jitmoe.budget import KINDS, MemoryPlan, kernels_of, plan_call, size
 from jitmoe.build import table
-from jitmoe.config import MoEConfig
+from jitmoe.config import MAX_SIZE, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
-from jitmoe.memory import ITEM_BYTES, CallSize, plan_backward, plan_forward, row_bytes, saved_shape
-from jitmoe.plan import Shape, packed_elements, plan_groups, plan_kernels
-
-MAX_TOKENS = 1 << 24
-"""Tokens of one call that an estimate is made for."""
+from jitmoe.memory import ITEM_BYTES
+from jitmoe.plan import GROUP_BYTES
 
 ADAM_STATES = 2
 """Tensors that AdamW keeps for each parameter, of its dtype."""
 
-
-SHARES = 16
-"""In how many steps the rows move to a single expert in the search for the routing with the largest scratch."""
+PER_LAYER = ("packed weight", "parameter", "gradient", "saved")
+"""Kinds that every layer of a model holds at the worst moment, the end of the first backward of a step; the others
+are those of the layer that is being computed."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row: ``each`` bytes, held ``copies`` times at once in the whole model."""
+    """Memory of one kind: ``each`` bytes, held ``copies`` times at once in the whole model."""
 
     kind: str
-    name: str
+    what: str
     each: int
     copies: int
 
@@ -52,6 +45,7 @@ class Load:
         layers: layers of the model; their forwards are all outstanding when backward begins.
         threads: threads of a call; each has scratch of its own.
         training: with gradients, optimizer and saved tensors; else inference.
+        group_bytes: panels of one group; see :data:`~jitmoe.plan.GROUP_BYTES`.
 
     Raises:
         ConfigError: for numbers that make no call.
@@ -62,42 +56,35 @@ class Load:
     layers: int = 1
     threads: int = 1
     training: bool = True
+    group_bytes: int = GROUP_BYTES
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tokens <= MAX_TOKENS:
-            raise ConfigError(
-                f"tokens must be between 1 and {MAX_TOKENS}, got {self.tokens}: split it into several calls"
-            )
+        if not 1 <= self.tokens <= MAX_SIZE:
+            raise ConfigError(f"tokens must be between 1 and 2^40, got {self.tokens}")
         if self.layers < 1 or self.threads < 1:
             raise ConfigError(f"layers and threads must be at least 1, got {self.layers} and {self.threads}")
 
-    @property
-    def slots(self) -> int:
-        """S = T K."""
-        return self.tokens * self.config.top_k
-
-    def shape(self) -> Shape:
-        """The kernel that a call with even routing takes."""
-        requested = self.config.requested_isa
-        isa = cpu.resolve_isa(requested) if requested == "auto" else requested
-        return plan_kernels(self.config, isa).select(self.slots, min(self.config.num_experts, self.slots))
+    def plan(self) -> MemoryPlan:
+        """All memory of one layer and its call."""
+        kernels = kernels_of(self.config)
+        return plan_call(kernels, self.tokens, self.threads, self.training, group_bytes=self.group_bytes)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of the experts of a model; prints as a table.
+    """Memory of the experts of a model; prints as tables.
 
     Attributes:
         load: what was estimated.
-        items: the rows; scratch is that of the worst routing.
-        even_scratch: bytes of scratch where the tokens spread evenly over the experts.
+        plan: every buffer of one layer and its call.
+        items: what the whole model holds, by kind.
         available: bytes that the machine has free.
         savings: bytes that each change would save, by its description.
     """
 
     load: Load
+    plan: MemoryPlan
     items: tuple[Item, ...]
-    even_scratch: int
     available: int
     savings: dict[str, int]
 
@@ -107,79 +94,59 @@ class Estimate:
         return sum(item.total for item in self.items)
 
     def __str__(self) -> str:
-        missing = self.total - self.available
-        rows = [("kind", "what", "each", "in all")]
-        rows += [(item.kind, item.name, size(item.each), size(item.total)) for item in self.items]
-        rows.append(("total", f"{self.load.layers} layers, {self.load.tokens} tokens a call", "", size(self.total)))
-        rows.append(("", "with evenly spread tokens the scratch is", size(self.even_scratch), ""))
-        verdict = f"does not fit, {size(missing)} too much" if missing > 0 else "it fits"
-        rows.append(("machine", f"free memory: {verdict}", "", size(self.available)))
-        rows += [("saving", change, "", size(saved)) for change, saved in self.savings.items()]
+        load = self.load
+        rows = [("kind", "what", "each", "layers", "in all")]
+        rows += [(item.kind, item.what, size(item.each), str(item.copies), size(item.total)) for item in self.items]
+        layers = f"{load.layers} layer{'s' if load.layers > 1 else ''}"
+        rows.append(("total", f"{layers}, {load.tokens} tokens a call", "", "", size(self.total)))
+        rows.append(("machine", f"free memory: {_verdict(self.total, self.available)}", "", "", size(self.available)))
+        if load.config.memory_budget is not None:
+            budget = load.config.memory_budget
+            verdict = _verdict(self.plan.nbytes, budget)
+            rows.append(("budget", f"memory_budget of a layer: {verdict}", size(self.plan.nbytes), "", size(budget)))
+        rows += [("saving", change, "", "", size(saved)) for change, saved in self.savings.items()]
         note = "Experts only: attention, shared experts, embeddings and torch's own memory are not counted."
-        return f"{table(rows)}\n{note}"
+        return f"One layer and its call:\n{self.plan}\n\nThe model:\n{table(rows)}\n{note}"
+
+
+def _verdict(needed: int, available: int) -> str:
+    return f"does not fit, {size(needed - available)} too much" if needed > available else "it fits"
 
 
 def estimate(load: Load) -> Estimate:
     """Bytes of every kind, and what changes would save."""
-    items = _items(load)
+    plan = load.plan()
+    items = _items(load, plan)
     total = sum(item.total for item in items)
-    savings = {change: total - sum(item.total for item in _items(other)) for change, other in _changes(load)}
-    return Estimate(load, items, _even_scratch(load), available_memory(), savings)
+    savings = {change: total - _total(other) for change, other in _changes(load)}
+    savings["int8 weights with a float32 scale a row (not implemented)"] = _int8_saving(load, plan)
+    return Estimate(load, plan, items, available_memory(), savings)
 
 
-def adapter_elements(config: MoEConfig) -> int:
-    """Elements of the six LoRA parameters of a layer."""
-    return 3 * config.num_experts * config.lora_rank * (config.hidden_size + config.intermediate_size)
+WHAT = {
+    "packed weight": "the only copy of the base",
+    "parameter": "LoRA",
+    "gradient": "LoRA",
+    "saved": "for backward: x, routes, gate and up",
+    "input": "of the caller",
+    "result": "out and gradients of the inputs",
+    "transient": "of one pass, outside the arena",
+    "scratch": "the arena, worst routing",
+}
 
 
-def packed_bytes(config: MoEConfig) -> int:
-    """Bytes of the one packed copy of a layer's base weights."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    elements = 2 * packed_elements(intermediate, hidden) + packed_elements(hidden, intermediate)
-    return config.num_experts * elements * ITEM_BYTES["bfloat16"]
-
-
-def size(nbytes: int) -> str:
-    """``nbytes`` in the unit that a person would use."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
-
-
-def _items(load: Load) -> tuple[Item, ...]:
-    config, layers = load.config, load.layers
-    adapters = adapter_elements(config) * ITEM_BYTES[config.lora_dtype]
-    rows_of_x = load.tokens * config.hidden_size * ITEM_BYTES["bfloat16"]
-    items = [Item("weights", "packed base", packed_bytes(config), layers)]
-    if adapters:
-        items.append(Item("parameters", f"LoRA, {config.lora_dtype}", adapters, layers))
-    if load.training and adapters:
-        items.append(Item("gradients", "LoRA", adapters, layers))
-        items.append(Item("optimizer", "AdamW, two moments", ADAM_STATES * adapters, layers))
-    if load.training:
-        saved = (
-            0
-            if config.recompute
-            else 2 * math.prod(saved_shape(config.intermediate_size, load.slots)) * ITEM_BYTES["bfloat16"]
-        )
-        items.append(Item("saved", "gate and up before the activation", saved, layers))
-        items.append(Item("saved", "x, routing weights and routes", rows_of_x + _route_bytes(load), layers))
-        items.append(Item("results", "out and gradient of x", 2 * rows_of_x, 1))
-        items.append(
-            Item("results", "LoRA gradients before they are added", adapter_elements(config) * ITEM_BYTES["float32"], 1)
-        )
-    else:
-        items.append(Item("results", "out", rows_of_x, 1))
-    items.append(Item("scratch", "arena, worst routing", _worst_scratch(load), 1))
+def _items(load: Load, plan: MemoryPlan) -> tuple[Item, ...]:
+    found = plan.by_kind()
+    items = [
+        Item(kind, WHAT[kind], found[kind], load.layers if kind in PER_LAYER else 1) for kind in KINDS if kind in found
+    ]
+    if load.training and "parameter" in found:
+        items.append(Item("optimizer", "AdamW, two moments", ADAM_STATES * found["parameter"], load.layers))
     return tuple(items)
 
 
-def _route_bytes(load: Load) -> int:
-    """Routing weights in float32, and the slot's row, the row's slot and its token in 64 bits."""
-    return load.slots * (4 + 3 * 8)
+def _total(load: Load) -> int:
+    return sum(item.total for item in _items(load, load.plan()))
 
 
 def _changes(load: Load) -> Iterator[tuple[str, Load]]:
@@ -188,36 +155,15 @@ def _changes(load: Load) -> Iterator[tuple[str, Load]]:
         yield "recompute=True", replace(load, config=replace(config, recompute=True))
     if load.tokens > 1:
         yield "half as many tokens a call", replace(load, tokens=load.tokens // 2)
+    yield "groups of half the rows (GROUP_BYTES in plan.py)", replace(load, group_bytes=load.group_bytes // 2)
     if config.lora_rank and config.lora_dtype != "bfloat16":
         yield 'lora_dtype="bfloat16"', replace(load, config=replace(config, lora_dtype="bfloat16"))
 
 
-def _even_scratch(load: Load) -> int:
-    experts = min(load.config.num_experts, load.slots)
-    return _scratch(load, [load.slots * i // experts for i in range(experts + 1)])
-
-
-def _worst_scratch(load: Load) -> int:
-    """Scratch where the rows pile up on one expert: more of them share a segment, until a group is full."""
-    piles = {load.slots * share // SHARES for share in range(1, SHARES)}
-    skewed = [[0, pile, load.slots] for pile in sorted(piles) if 0 < pile < load.slots]
-    return max(_even_scratch(load), *(_scratch(load, offsets) for offsets in [[0, load.slots], *skewed]))
-
-
-def _scratch(load: Load, offsets: list[int]) -> int:
-    """Bytes of the arena of a call (backward's too in training) whose experts have the row ranges ``offsets``."""
-    shape, config = load.shape(), load.config
-    active, ranges = np.arange(len(offsets) - 1), np.array(offsets)
-
-    def extents(training: bool) -> CallSize:
-        groups = plan_groups(active, ranges, shape.m_step, row_bytes(shape, training))
-        rows = (groups.rows, groups.blocks, groups.segment_rows)
-        return CallSize(load.tokens, *rows, config.lora_rank, load.threads)
-
-    forward = plan_forward(shape, extents(training=False)).nbytes
-    if not load.training:
-        return forward
-    return max(forward, plan_backward(shape, extents(training=True), x_grad=True, recompute=config.recompute).nbytes)
+def _int8_saving(load: Load, plan: MemoryPlan) -> int:
+    config = load.config
+    scales = config.num_experts * (2 * config.intermediate_size + config.hidden_size) * ITEM_BYTES["float32"]
+    return load.layers * (plan.by_kind()["packed weight"] // 2 - scales)
 
 
 def available_memory() -> int:
@@ -256,12 +202,7 @@ def read_model(path: Path) -> Model:
     Raises:
         ConfigError: if it cannot be read, or is not that of a model with experts.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, the config.json of a transformers model")
+    content = read_fields(path, "the config.json of a transformers model")
     fields = {field: _first(path, content, names) for field, names in NAMES.items()}
     total = _first(path, content, ("num_hidden_layers",))
     return Model(fields, sum(_has_experts(content, layer) for layer in range(total)))

@@ -1,18 +1,31 @@
 """One call of the experts: routed rows in, token sums out. Plans scratch, fills the call, runs the kernel."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from jitmoe import tokens
-from jitmoe.kernels import SCRATCH, load
-from jitmoe.memory import CallSize, MemoryPlan, plan_backward, plan_forward, row_bytes, thread_strides
+from jitmoe.checked import checking
+from jitmoe.kernels import SCRATCH, Kernels, load
+from jitmoe.memory import (
+    BACKWARD_STEPS,
+    FORWARD_STEPS,
+    CallSize,
+    ScratchPlan,
+    plan_backward,
+    plan_forward,
+    row_bytes,
+    thread_strides,
+)
 from jitmoe.plan import Groups, Shape, plan_groups
 from jitmoe.route import Route
 from jitmoe.workspace import arenas
+
+Run = Callable[[Kernels, dict[str, int | float], ScratchPlan], None]
+"""Carries out a planned call: the kernels, the fields of their ``Call``, and what lies where in the scratch."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +57,42 @@ class ExpertCall:
         )
 
 
-def forward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
+def forward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = None) -> None:
     """Forward of the experts.
 
     Args:
         call: routing and sizes.
         addresses: of the tensors by their name in ``Call``; ``result`` where out is bfloat16, ``result_float``
             where it is float32; ``saved_gate`` and ``saved_up`` where backward will want them.
+        run: instead of just running the kernel.
     """
     groups = _groups(call, training=False)
     size = call.size(groups)
     plan = plan_forward(call.shape, size)
     strides = thread_strides(call.shape, size, strips=2)
-    with arenas.lease(plan.nbytes) as base:
-        load(call.shape).forward(_fields(call, groups, plan, base) | strides | dict(addresses))
+    with arenas.lease(plan.nbytes) as base, checking(call.shape, plan, base, FORWARD_STEPS) as checks:
+        fields = _fields(call, groups, plan, base) | strides | dict(addresses) | checks
+        (run or _run_forward)(load(call.shape), fields, plan)
 
 
-def backward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
-    """Backward of the experts; ``addresses`` as for :func:`forward`, gradients zero before the call."""
+def backward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = None) -> None:
+    """Backward of the experts; arguments as for :func:`forward`, gradients zero before the call."""
     groups = _groups(call, training=True)
     size = call.size(groups)
     wants_x = not addresses.keys().isdisjoint({"result", "result_float"})
     plan = plan_backward(call.shape, size, x_grad=wants_x, recompute="saved_gate" not in addresses)
     strides = thread_strides(call.shape, size, strips=4)
-    with arenas.lease(plan.nbytes) as base:
-        load(call.shape).backward(_fields(call, groups, plan, base) | strides | dict(addresses))
+    with arenas.lease(plan.nbytes) as base, checking(call.shape, plan, base, BACKWARD_STEPS) as checks:
+        fields = _fields(call, groups, plan, base) | strides | dict(addresses) | checks
+        (run or _run_backward)(load(call.shape), fields, plan)
+
+
+def _run_forward(kernels: Kernels, fields: dict[str, int | float], _: ScratchPlan) -> None:
+    kernels.forward(fields)
+
+
+def _run_backward(kernels: Kernels, fields: dict[str, int | float], _: ScratchPlan) -> None:
+    kernels.backward(fields)
 
 
 def _groups(call: ExpertCall, training: bool) -> Groups:
@@ -76,7 +100,7 @@ def _groups(call: ExpertCall, training: bool) -> Groups:
     return plan_groups(route.active, route.offsets, call.shape.m_step, row_bytes(call.shape, training))
 
 
-def _fields(call: ExpertCall, groups: Groups, plan: MemoryPlan, base: int) -> dict[str, int | float]:
+def _fields(call: ExpertCall, groups: Groups, plan: ScratchPlan, base: int) -> dict[str, int | float]:
     scratch = {name: base + offset for name, offset in plan.offsets().items()}
     assert scratch.keys() <= set(SCRATCH)
     return {

@@ -2,12 +2,16 @@
 
 import ctypes
 import errno
+import math
 import os
 import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from jitmoe import cpu, settings
 from jitmoe.build import ensure
@@ -28,13 +32,17 @@ _FUNCTIONS = ["gather_rows", "sum_rows"]
 SCRATCH = """
     sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low gate_low_rows
     up_low_rows down_low_rows gate_in_rows up_in_rows down_in_rows dot_parts group_gate group_up
-    thread_weights thread_strips thread_rows thread_block
+    thread_weights thread_strips thread_rows thread_lora thread_block
 """.split()  # noqa: SIM905
-_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "block_stride"]
+_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "lora_stride", "block_stride"]
 STEPS = """
     gather pack low_rank gate_up activation down combine act_grad x_grad lora_grads sums
 """.split()  # noqa: SIM905
 """What a timed instance measures, in the order of ``Step`` in parallel.hpp."""
+OBSERVED = """
+    x gate_u up_u gate up act down_u down dout down_du dact dgate dup gate_du up_du dx
+""".split()  # noqa: SIM905
+"""Tensors that a traced instance shows, in the order of ``Observed`` in traced.hpp."""
 
 
 class Call(ctypes.Structure):
@@ -46,7 +54,7 @@ class Call(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _FUNCTIONS + SCRATCH),
         *((name, ctypes.c_int64) for name in _STRIDES),
-        ("step_seconds", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("step_seconds", "checks", "census", "observe")),
     ]
 
 
@@ -85,6 +93,15 @@ class Kernels:
     def unpack(self, packed: int, canonical: int, experts: int, out: int, in_: int, threads: int) -> None:
         """The inverse of :meth:`pack`."""
         self._unpack(packed, canonical, experts, out, in_, threads)
+
+
+def array_at(address: int, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    """The memory at ``address`` as a C-contiguous array, valid as long as its owner keeps it."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not nbytes:
+        return np.empty(shape, dtype)
+    memory = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 @cache

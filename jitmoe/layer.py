@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,22 @@ from torch import nn
 
 from jitmoe import kernels
 from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction, versions_of
+from jitmoe.budget import check_call, check_layer
+from jitmoe.capture import NEXT_CALL, Call, Capture
 from jitmoe.config import MoEConfig
 from jitmoe.cpu import describe, resolve_isa
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.pack import ExpertSource, Seal, check_base, empty_packed, pack_experts, unpack_experts
+from jitmoe.pack import (
+    ExpertSource,
+    PackedExperts,
+    Seal,
+    check_base,
+    empty_packed,
+    open_packed,
+    pack_experts,
+    unpack_experts,
+)
+from jitmoe.packed_file import write_packed
 from jitmoe.plan import plan_kernels
 from jitmoe.route import route
 
@@ -51,19 +64,24 @@ class MoELayer(nn.Module):
         InputError: a base weight has the wrong shape or device.
         InputTypeError: a base weight is not bfloat16.
         IsaError: ``config.isa`` names a set that this machine cannot execute.
+        BudgetError: weights and parameters take more than ``config.memory_budget``.
     """
 
     def __init__(
-        self, config: MoEConfig, gate_proj: ExpertSource, up_proj: ExpertSource, down_proj: ExpertSource
+        self,
+        config: MoEConfig,
+        gate_proj: ExpertSource | PackedExperts,
+        up_proj: ExpertSource | PackedExperts,
+        down_proj: ExpertSource | PackedExperts,
     ) -> None:
         super().__init__()
         self.config = config
         self.isa = resolve_isa(config.requested_isa)
+        check_layer(config)
         self._seal = Seal()
+        self._capture: Capture | None = None
         for name, source in zip(PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True):
-            out, in_ = self._extent(name)
-            packed = empty_packed(config.num_experts, out, in_)
-            pack_experts(self._any_kernels(), f"{name}_proj", source, packed, out, in_)
+            packed = source.tensor if isinstance(source, PackedExperts) else self._pack(name, source)
             self.register_buffer(f"packed_{name}", packed, persistent=False)
             self._seal.close(name, packed)
         if config.lora_rank:
@@ -71,6 +89,39 @@ class MoELayer(nn.Module):
                 shape = self._lora_shape(name)
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
             self.reset_lora_parameters()
+
+    @classmethod
+    def from_packed(cls, config: MoEConfig, path: str | os.PathLike[str], verify: bool = True) -> "MoELayer":
+        """A layer whose base weights stay in a file that :meth:`save_packed` wrote.
+
+        The file is mapped, not read: all processes share its pages, and what was not used for long may leave memory.
+        LoRA parameters are new. Loading base weights into the layer gives this process a copy of its own; the file is
+        never written to. Replace it with :meth:`save_packed` only: what is cut off a mapped file ends its readers.
+
+        Args:
+            config: of the layer; E, H and I must be those of the file.
+            path: the file.
+            verify: read all of it once and compare digests, or a damaged weight would be a wrong result. False maps
+                it at once: for files larger than memory, or that another process has just verified. What the header
+                says, sizes and length are checked in any case.
+
+        Raises:
+            PackedFileError: no such file, of another layout version or other sizes, or damaged.
+        """
+        experts = open_packed(Path(path), config, verify)
+        return cls(config, *(experts[name] for name in PROJECTIONS))
+
+    def save_packed(self, path: str | os.PathLike[str]) -> None:
+        """Write the packed base weights, without LoRA, to a file for :meth:`from_packed`.
+
+        Any instruction set reads it. If this process is killed, ``path`` is the old file or the new one.
+
+        Raises:
+            PackedFileError: ``path`` cannot be written; what was there is unchanged.
+            WeightsChangedError: the packed weights were written to.
+        """
+        packed = self._sealed()
+        write_packed(Path(path), self.config, {name: tensor.numpy() for name, tensor in packed.items()})
 
     def reset_lora_parameters(self) -> None:
         """A uniform as in PEFT (Kaiming with a = sqrt 5: bound 1 / sqrt(in)), B zero: the layer equals its base."""
@@ -98,6 +149,7 @@ class MoELayer(nn.Module):
             InputError: wrong shape, device or expert id; names the tensor, or the token and slot.
             InputTypeError: wrong dtype.
             WeightsChangedError: the packed weights were written to.
+            BudgetError: the call could take more than ``config.memory_budget``.
         """
         hidden, top_k = self.config.hidden_size, self.config.top_k
         _check("x", x, FLOATS, hidden)
@@ -109,15 +161,37 @@ class MoELayer(nn.Module):
                 raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
         lora = self._lora()
         context = self._context(topk_ids.reshape(-1, top_k), x, weights, lora)
-        out: torch.Tensor = MoEFunction.apply(  # type: ignore[no-untyped-call]
-            context, x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k), *lora
-        )
+        rows, row_weights = x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k)
+        out: torch.Tensor = MoEFunction.apply(context, rows, row_weights, *lora)  # type: ignore[no-untyped-call]
+        if self._capture is not None and not self._capture.finished:
+            ids = topk_ids.reshape(-1, top_k)
+            self._capture.watch(Call(self.config, self.isa, self.unpack, rows, ids, row_weights, lora, out))
         return out.reshape(x.shape)
 
-    def unpack(self) -> dict[str, torch.Tensor]:
-        """Canonical copies of the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I]."""
+    def capture(self, path: str | os.PathLike[str], capture: str = NEXT_CALL) -> None:
+        """Write a call to a file that ``jitmoe replay`` computes again, here or elsewhere.
+
+        The file holds config, versions, base weights of the experts that were chosen, LoRA, inputs and results, and
+        after backward the gradients too; ``torch.load(path, weights_only=True)`` reads it.
+
+        Args:
+            path: the file; the second one of ``"on_nonfinite"`` is called ``name-2.ext``, and so on.
+            capture: "next_call" writes the next call; "on_nonfinite" each one, up to 8, with a NaN or an infinity in
+                its result or a gradient.
+
+        Raises:
+            CaptureError: ``path`` cannot be written; now, or in the call that would be captured.
+            ConfigError: an unknown value of ``capture``.
+        """
+        self._capture = Capture(Path(path), capture)
+
+    def unpack(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Canonical copies of the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I].
+
+        With ``experts`` of these alone, in this order.
+        """
         return {
-            f"{name}_proj": unpack_experts(self._any_kernels(), packed, *self._extent(name))
+            f"{name}_proj": unpack_experts(self._any_kernels(), packed, *self._extent(name), experts)
             for name, packed in self._packed().items()
         }
 
@@ -132,13 +206,12 @@ class MoELayer(nn.Module):
     def _context(
         self, topk_ids: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]
     ) -> CallContext:
-        packed = self._packed()
-        for name, tensor in packed.items():
-            self._seal.check(name, tensor)
-        routed = route(topk_ids.contiguous().numpy(), self.config.num_experts, self.config.allow_skip)
+        packed = self._sealed()
         saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
         lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
         plan = plan_kernels(self.config, self.isa, lora_dtype)
+        check_call(plan, topk_ids.shape[0], torch.get_num_threads(), saves, str(x.dtype).removeprefix("torch."))
+        routed = route(topk_ids.contiguous().numpy(), self.config.num_experts, self.config.allow_skip)
         shape = plan.select(routed.row_token.size, routed.active.size)
         return CallContext(self.config, shape, routed, packed, versions_of(packed), saves)
 
@@ -158,6 +231,19 @@ class MoELayer(nn.Module):
                     f"got {list(tensor.shape)} on {tensor.device}"
                 )
         return [tensor.contiguous() for tensor in lora]
+
+    def _pack(self, name: str, source: ExpertSource) -> torch.Tensor:
+        out, in_ = self._extent(name)
+        packed = empty_packed(self.config.num_experts, out, in_)
+        pack_experts(self._any_kernels(), f"{name}_proj", source, packed, out, in_)
+        return packed
+
+    def _sealed(self) -> dict[str, torch.Tensor]:
+        """The packed weights, after looking that nobody wrote to them."""
+        packed = self._packed()
+        for name, tensor in packed.items():
+            self._seal.check(name, tensor)
+        return packed
 
     def _packed(self) -> dict[str, torch.Tensor]:
         packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in PROJECTIONS}

@@ -5,7 +5,8 @@ its last step; two buffers may share addresses only if their lifetimes do not me
 """
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jitmoe.errors import PlanError
@@ -20,7 +21,10 @@ ALIGNMENT = 64
 CHUNK = 256
 """Columns of the contraction expanded at a time; mirrors kChunk in gemm.hpp."""
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int64": 8}
+
+SHUFFLES = 64
+"""Orders tried at random where no ordinary one packs a pass as tightly as can be; few sizes need any."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class ScratchPlan:
     """Offsets of all scratch buffers of one call; ``nbytes`` is the size of the arena."""
 
     placed: tuple[Placed, ...]
@@ -89,7 +93,7 @@ class CallSize:
     threads: int
 
 
-def plan_forward(shape: Shape, size: CallSize) -> MemoryPlan:
+def plan_forward(shape: Shape, size: CallSize) -> ScratchPlan:
     """Scratch of a forward call."""
     load, gate_up, down_low, down = range(4)
     buffers = [
@@ -97,24 +101,28 @@ def plan_forward(shape: Shape, size: CallSize) -> MemoryPlan:
         _panel("x_panel", shape, size, shape.hidden, load, gate_up),
         _panel("act_panel", shape, size, shape.intermediate, gate_up, down),
         *_low_rank(shape, size, {"gate_low": (load, gate_up), "up_low": (load, gate_up), "down_low": (down_low, down)}),
-        *_thread_buffers(shape, size, strips=2, last=down),
+        *_thread_buffers(shape, size, strips=2, products=(gate_up, down), gathers=(load, load)),
     ]
-    return prove(place(buffers))
+    return prove(place(buffers, canary_bytes(shape)))
 
 
-def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -> MemoryPlan:
+def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -> ScratchPlan:
     """Scratch of a backward call; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
     load, gate_up, act_grad, low_grads, last = range(5)
     strips = ceil_div(shape.intermediate, N_STRIP)
     buffers = [
         _panel("out_panel", shape, size, shape.hidden, load, act_grad),
-        _panel("act_panel", shape, size, shape.intermediate, act_grad, low_grads),
         _panel("gate_panel", shape, size, shape.intermediate, act_grad, last),
         _panel("up_panel", shape, size, shape.intermediate, act_grad, last),
         Buffer("dot_parts", (size.rows, strips), "float32", act_grad, low_grads),
-        *_low_rank(shape, size, {name: (load, last) for name in ("gate_low", "up_low", "down_low")}),
-        *_thread_buffers(shape, size, strips=4, last=last),
-        Buffer("thread_block", (size.threads, _block_items(shape)), "float32", load, load),
+        *_low_rank(shape, size, {"gate_low": (load, last), "up_low": (load, last), "down_low": (load, low_grads)}),
+        *_thread_buffers(
+            shape,
+            size,
+            strips=4,
+            products=(gate_up if recompute else act_grad, last),
+            gathers=(load, last if size.rank else load),
+        ),
     ]
     if size.rank:
         lives = {
@@ -126,13 +134,16 @@ def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -
             "down_in_rows": (low_grads, last),
         }
         buffers += [Buffer(name, (size.rows, size.rank), "float32", *life) for name, life in lives.items()]
+        buffers.append(_panel("act_panel", shape, size, shape.intermediate, act_grad, low_grads))
     if recompute:
         buffers.append(_panel("x_panel", shape, size, shape.hidden, load, gate_up))
         group = saved_shape(shape.intermediate, size.rows)
         buffers += [Buffer(name, group, "bfloat16", gate_up, act_grad) for name in ("group_gate", "group_up")]
+    elif size.rank:
+        buffers.append(Buffer("thread_block", (size.threads, _block_items(shape)), "float32", load, load))
     if x_grad:
         buffers.append(_sums(shape, size, last))
-    return prove(place(buffers))
+    return prove(place(buffers, canary_bytes(shape)))
 
 
 def saved_shape(intermediate: int, rows: int) -> tuple[int, int, int]:
@@ -157,24 +168,77 @@ def thread_strides(shape: Shape, size: CallSize, strips: int) -> dict[str, int]:
         "weights_stride": _weights_items(shape) * 4,
         "strips_stride": strips * max(size.segment_rows, 1) * N_STRIP * 4,
         "rows_stride": _gathered_items(shape, size) * 2,
+        "lora_stride": size.rank * N_STRIP * 4,
         "block_stride": _block_items(shape) * 4,
     }
 
 
-def place(buffers: Sequence[Buffer]) -> MemoryPlan:
-    """Pack lifetimes into addresses: largest first, each at the lowest offset free for its whole life."""
+def canary_bytes(shape: Shape) -> int:
+    """Bytes before and behind each buffer that a checked instance fills and looks at; mirrors kLine in checked.hpp."""
+    return ALIGNMENT if shape.watch == "memory" else 0
+
+
+def place(buffers: Sequence[Buffer], gap: int = 0) -> ScratchPlan:
+    """Pack lifetimes into addresses: in some order, each at the lowest offset free for its whole life.
+
+    Orders are tried until one needs no more than :func:`lower_bound`, so the same buffers always get the same offsets.
+    With a ``gap``, bytes that stay free before and behind each buffer while it lives, the first order is good enough.
+
+    Raises:
+        PlanError: for anything but scratch, which has no place in the arena.
+    """
+    for buffer in buffers:
+        if not isinstance(buffer, Buffer):
+            raise PlanError(f"only scratch can be placed in the arena, got {buffer!r}")
+    bound = lower_bound(buffers)
+    best: ScratchPlan | None = None
+    for order in _orders(buffers):
+        found = _first_fit(order, gap)
+        if best is None or found.nbytes < best.nbytes:
+            best = found
+        if gap or best.nbytes == bound:
+            return best
+    assert best is not None
+    return best
+
+
+def lower_bound(buffers: Sequence[Buffer]) -> int:
+    """Bytes alive at the fullest step: no placement needs less."""
+    starts = {buffer.first for buffer in buffers}
+    return max((sum(b.nbytes for b in buffers if b.first <= step <= b.last) for step in starts), default=0)
+
+
+def _orders(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
+    """Orders to place in, the most promising first: size, size times life, life; then shuffles.
+
+    A buffer that lives from beginning to end wastes nothing at the bottom, so shuffles leave those there.
+    """
+    yield sorted(buffers, key=lambda b: (-b.nbytes, b.first, b.name))
+    yield sorted(buffers, key=lambda b: (-b.nbytes * (b.last - b.first + 1), b.name))
+    by_life = sorted(buffers, key=lambda b: (b.first - b.last, b.first, -b.nbytes, b.name))
+    yield by_life
+    longest = by_life[0].last - by_life[0].first
+    always = [b for b in by_life if b.last - b.first == longest]
+    others = by_life[len(always) :]
+    generator = random.Random(0)
+    for _ in range(SHUFFLES):
+        generator.shuffle(others)
+        yield [*always, *others]
+
+
+def _first_fit(order: Sequence[Buffer], gap: int) -> ScratchPlan:
     placed: list[Placed] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.first, b.name)):
-        offset = 0
+    for buffer in order:
+        offset = gap
         for other in sorted((p for p in placed if p.buffer.meets(buffer)), key=lambda p: p.offset):
-            if offset + buffer.nbytes <= other.offset:
+            if offset + buffer.nbytes + gap <= other.offset:
                 break
-            offset = max(offset, other.end)
+            offset = max(offset, other.end + gap)
         placed.append(Placed(buffer, offset))
-    return MemoryPlan(tuple(placed), max((p.end for p in placed), default=0))
+    return ScratchPlan(tuple(placed), max((p.end for p in placed), default=0) + gap)
 
 
-def prove(plan: MemoryPlan) -> MemoryPlan:
+def prove(plan: ScratchPlan) -> ScratchPlan:
     """Return ``plan`` if no two buffers overlap both in lifetime and in addresses.
 
     Raises:
@@ -219,20 +283,25 @@ def _low_rank(shape: Shape, size: CallSize, lives: dict[str, tuple[int, int]]) -
     return [Buffer(name, extent, "float32", *life) for name, life in lives.items()]
 
 
-def _thread_buffers(shape: Shape, size: CallSize, strips: int, last: int) -> list[Buffer]:
+def _thread_buffers(
+    shape: Shape, size: CallSize, strips: int, products: tuple[int, int], gathers: tuple[int, int]
+) -> list[Buffer]:
+    """Of each thread, alive in the steps that multiply strips and in those that gather rows."""
     rows = max(size.segment_rows, 1)
-    return [
-        Buffer("thread_weights", (size.threads, _weights_items(shape)), "float32", 0, last),
-        Buffer("thread_strips", (size.threads, strips, rows, N_STRIP), "float32", 0, last),
-        Buffer("thread_rows", (size.threads, _gathered_items(shape, size)), "bfloat16", 0, last),
+    buffers = [
+        Buffer("thread_weights", (size.threads, _weights_items(shape)), "float32", *products),
+        Buffer("thread_strips", (size.threads, strips, rows, N_STRIP), "float32", *products),
+        Buffer("thread_rows", (size.threads, _gathered_items(shape, size)), "bfloat16", *gathers),
     ]
+    if size.rank:
+        buffers.append(Buffer("thread_lora", (size.threads, size.rank, N_STRIP), "float32", *products))
+    return buffers
 
 
 def _weights_items(shape: Shape) -> int:
-    """Weights expanded or paired, and one strip of a LoRA matrix; on AMX pairs of the whole contraction."""
+    """Weights expanded or paired; on AMX pairs of the whole contraction."""
     longest = round_up(max(shape.hidden, shape.intermediate), K_STEP)
-    chunk = longest // 2 if shape.isa == "amx" else CHUNK
-    return max(chunk, shape.padded_rank) * N_STRIP
+    return (longest // 2 if shape.isa == "amx" else CHUNK) * N_STRIP
 
 
 def _gathered_items(shape: Shape, size: CallSize) -> int:

@@ -1,14 +1,17 @@
 """The one copy of the frozen weights: packed once, owned by the layer, given back bit for bit."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import increment_version
 
+from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
 from jitmoe.experts import usable_threads
 from jitmoe.kernels import Kernels
+from jitmoe.packed_file import map_packed
 from jitmoe.plan import packed_elements
 from jitmoe.workspace import allocate
 
@@ -16,6 +19,20 @@ ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Ten
 """Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of
 E matrices, or a function from the expert's number to its matrix, which is called once per expert and
 whose result is let go before the next call."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExperts:
+    """Experts that are packed already, int16 [E, packed_elements]; a layer takes them as they are."""
+
+    tensor: torch.Tensor
+
+
+def open_packed(path: Path, config: MoEConfig, verify: bool) -> dict[str, PackedExperts]:
+    """The experts in a file of packed weights under gate, up and down; see :func:`~jitmoe.packed_file.map_packed`."""
+    matrices = map_packed(path, config, verify)
+    with torch.inference_mode(False):  # as in empty_packed
+        return {name: PackedExperts(torch.from_numpy(matrix)) for name, matrix in matrices.items()}
 
 
 def empty_packed(experts: int, out: int, in_: int) -> torch.Tensor:
@@ -54,11 +71,15 @@ def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torc
         kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, usable_threads(torch.get_num_threads()))
 
 
-def unpack_experts(kernels: Kernels, packed: torch.Tensor, out: int, in_: int) -> torch.Tensor:
-    """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed."""
-    experts = packed.shape[0]
-    result = torch.empty(experts, out, in_, dtype=torch.bfloat16, device="cpu")
-    kernels.unpack(packed.data_ptr(), result.data_ptr(), experts, out, in_, usable_threads(torch.get_num_threads()))
+def unpack_experts(
+    kernels: Kernels, packed: torch.Tensor, out: int, in_: int, experts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed; or of some experts only."""
+    chosen = range(packed.shape[0]) if experts is None else experts
+    result = torch.empty(len(chosen), out, in_, dtype=torch.bfloat16, device="cpu")
+    threads = usable_threads(torch.get_num_threads())
+    for place, expert in enumerate(chosen):
+        kernels.unpack(packed[expert].data_ptr(), result[place].data_ptr(), 1, out, in_, threads)
     return result
 
 

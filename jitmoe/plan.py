@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from jitmoe import settings
 from jitmoe.config import ISAS, MoEConfig
 from jitmoe.errors import ConfigError
 
@@ -28,6 +29,9 @@ M_STEPS: dict[str, tuple[int, ...]] = {
 """Rows of a register block, per instruction set, ascending. Many rows fill the registers with accumulators:
 14 x 2 of 32 vectors on AVX-512, 6 x 2 of 16 on AVX2. Few rows leave room to expand the weights in registers
 instead of sweeping an expanded panel; VDPBF16PS needs no expansion. On AMX they are one or two tiles."""
+
+PACKED_LAYOUT = 1
+"""Version of the packed layout (gemm.hpp) and of the files that hold it (packed_file). Raise it when either changes."""
 
 PAIRED_OPERANDS = ("amx", "avx512_bf16")
 """Instruction sets whose panels hold pairs of bfloat16; the panels of the others are float32."""
@@ -69,14 +73,14 @@ class Shape:
     padded_rank: int
     m_step: int
     lora_bf16: bool
-    timed: bool = False
+    watch: str = "nothing"
 
     @property
     def name(self) -> str:
         """Short readable identity, used for file names and reports."""
         lora = "bf16" if self.lora_bf16 else "f32"
-        timed = "_timed" if self.timed else ""
-        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}{timed}"
+        watch = "" if self.watch == "nothing" else f"_{self.watch}"
+        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}{watch}"
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,43 @@ class KernelPlan:
         """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts."""
         if self.config.batch_invariant:
             return self.shapes[-1]
-        limits = (FEW_ROWS, ONE_TILE_ROWS) if self.isa == "amx" else (FEW_ROWS,)
-        passed = sum(rows > limit * active_experts for limit in limits)
+        passed = sum(rows > limit * active_experts for limit in self._limits)
         return self.shapes[min(passed, len(self.shapes) - 1)]
+
+    def reachable(self, slots: int) -> dict[Shape, tuple[int, int]]:
+        """What the routing of ``slots`` slots can lead to.
+
+        Returns:
+            The kernels that :meth:`select` may choose, each with the fewest and the most active experts that it is
+            chosen for.
+        """
+        rows, most = slots, min(self.config.num_experts, slots)
+        if not most:
+            return {self.select(0, 0): (0, 0)}
+        if self.config.allow_skip:  # any number of rows
+            first, last = (self.shapes.index(self.select(n, 1)) for n in (1, rows))
+            return {shape: (1, most) for shape in self.shapes[first : last + 1]}
+        # The choice changes where rows <= limit * active begins to hold, and nowhere else.
+        changes = [ceil_div(rows, limit) for limit in self._limits]
+        counts = sorted({1, most, *(min(max(n, 1), most) for change in changes for n in (change - 1, change))})
+        found: dict[Shape, tuple[int, int]] = {}
+        for active in counts:
+            shape = self.select(rows, active)
+            found[shape] = (found.get(shape, (active, active))[0], active)
+        return found
+
+    @property
+    def _limits(self) -> tuple[int, ...]:
+        """Mean rows per active expert beyond which the next kernel is taken."""
+        return (FEW_ROWS, ONE_TILE_ROWS) if self.isa == "amx" else (FEW_ROWS,)
 
 
 def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> KernelPlan:
     """Decide which kernels ``config`` needs on ``isa`` (a concrete set, not "auto").
 
     ``lora_dtype`` overrides the config's where the parameters were cast after construction.
+
+    With ``JITMOE_CHECKED=1`` they are instances that check their use of scratch, see :mod:`jitmoe.checked`.
 
     Raises:
         ConfigError: if ``config.m_step`` is not a register block of that instruction set.
@@ -120,6 +152,7 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
             padded_rank=round_up(config.lora_rank, K_STEP),
             m_step=step,
             lora_bf16=(lora_dtype or config.lora_dtype) == "bfloat16",
+            watch="memory" if settings.get("checked") else "nothing",
         )
         for block_isa, step in blocks
     )
@@ -145,13 +178,53 @@ class Groups:
     segment_rows: int
 
 
-def plan_groups(active: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], m_step: int, row_bytes: int) -> Groups:
-    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit :data:`GROUP_BYTES`.
+def group_limit(m_step: int, row_bytes: int, group_bytes: int = GROUP_BYTES) -> int:
+    """Rows of a group at the most, padding of their row blocks included: a multiple of ``m_step``."""
+    return round_up(max(group_bytes // row_bytes, 4 * m_step), m_step)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What the panels are sized by: rows and row blocks of the largest group, rows of the largest segment."""
+
+    rows: int
+    blocks: int
+    segment_rows: int
+
+
+def worst_extents(rows: int, active: tuple[int, int], m_step: int, limit: int) -> Extents:
+    """Extents that no routing exceeds, whichever experts the rows go to.
+
+    Each extent is reached by some routing, and all three by the same one where an expert can fill a group: an expert
+    with most of the rows has the largest segment, and one row on each of the others begins the most row blocks.
+
+    Args:
+        rows: of the call; a call with fewer has smaller extents.
+        active: fewest and most experts that these rows go to.
+        m_step: rows of a row block.
+        limit: from :func:`group_limit`.
+    """
+    fewest, most = active
+    return Extents(
+        rows=min(rows, limit),
+        blocks=min(most + (rows - most) // m_step, limit // m_step),
+        segment_rows=min(rows - fewest + 1, limit) if rows else 0,
+    )
+
+
+def plan_groups(
+    active: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    m_step: int,
+    row_bytes: int,
+    group_bytes: int = GROUP_BYTES,
+) -> Groups:
+    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit ``group_bytes``.
 
     An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
     the routing and the shape alone, never on the number of threads.
     """
-    limit = round_up(max(GROUP_BYTES // row_bytes, 4 * m_step), m_step)
+    limit = group_limit(m_step, row_bytes, group_bytes)
     segments: list[tuple[int, int, int, int]] = []
     bounds = [0]
     rows = blocks = most_rows = most_blocks = 0

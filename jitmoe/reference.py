@@ -25,6 +25,14 @@ class LoraTensors(NamedTuple):
     down_lora_b: Tensor
 
 
+class ExpertSteps(NamedTuple):
+    """What one expert computes: gate and up before the activation [S, I], and out [S, H], not yet weighted."""
+
+    gate: Tensor
+    up: Tensor
+    out: Tensor
+
+
 def moe_reference(
     x: Tensor,
     topk_ids: Tensor,
@@ -59,11 +67,18 @@ def moe_reference(
     for expert, (gate, up, down) in enumerate(projections):
         pairs = LoraTensors(*adapters[expert]) if adapters else None
         tokens, slots = torch.where(topk_ids == expert)
-        rows = x[tokens]
-        activation = silu(_lin(rows, gate, pairs and pairs[0:2], scale)) * _lin(rows, up, pairs and pairs[2:4], scale)
-        result = _lin(activation, down, pairs and pairs[4:6], scale)
+        result = expert_reference(x[tokens], gate, up, down, pairs, scale).out
         out.index_add_(0, tokens, result * weights[tokens, slots, None])
     return out
+
+
+def expert_reference(
+    rows: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, lora: LoraTensors | None, scale: float
+) -> ExpertSteps:
+    """One expert on ``rows`` [S, H]: matrices as in :func:`moe_reference`, without their first axis."""
+    gate = _lin(rows, gate_proj, lora and lora[0:2], scale)
+    up = _lin(rows, up_proj, lora and lora[2:4], scale)
+    return ExpertSteps(gate, up, _lin(silu(gate) * up, down_proj, lora and lora[4:6], scale))
 
 
 def _lin(rows: Tensor, weight: Tensor, adapter: tuple[Tensor, ...] | None, scale: float) -> Tensor:

@@ -49,7 +49,7 @@ def render(shape: Shape) -> Instance:
         padded_rank=shape.padded_rank,
         m_step=shape.m_step,
         lora_bf16=str(shape.lora_bf16).lower(),
-        timed=str(shape.timed).lower(),
+        watch=shape.watch,
     )
     return Instance(shape, text)
 

@@ -1,12 +1,15 @@
-"""Census of a matrix: how many values are not finite, where the first one is, and the range of the rest."""
+"""Census of a matrix, whole or piece by piece: what is not finite, where the first of it is, the range of the rest."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numba import njit
+import numpy.typing as npt
+from numba import carray, njit  # type: ignore[attr-defined]
 
 from jitmoe.errors import InputError, InputTypeError
+from jitmoe.tokens import compile_callback
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class Scan:
     """What :func:`scan` found.
 
     Attributes:
+        size: number of values.
         nan: number of NaNs.
         inf: number of infinities of either sign.
         zero: number of zeros of either sign.
@@ -23,6 +27,7 @@ class Scan:
         absmean: mean magnitude of the finite values, summed in float64; NaN if there is none.
     """
 
+    size: int
     nan: int
     inf: int
     zero: int
@@ -69,6 +74,7 @@ def scan(values: np.ndarray) -> Scan:
     nan, inf, zero, first, low, high, total = _scan(values.view(form.integer), floats, form.magnitude, form.infinity)
     finite = values.size - nan - inf
     return Scan(
+        size=values.size,
         nan=nan,
         inf=inf,
         zero=zero,
@@ -77,6 +83,46 @@ def scan(values: np.ndarray) -> Scan:
         maximum=_value(high, values.dtype) if finite else math.nan,
         absmean=total / finite if finite else math.nan,
     )
+
+
+RECORD = ("size", "nan", "inf", "zero", "row", "column", "minimum", "maximum", "magnitude")
+"""Fields of a record, doubles all: a census that grows piece by piece. ``magnitude`` is the sum over finite values."""
+
+
+def empty_records(*extent: int) -> npt.NDArray[np.float64]:
+    """Records [*extent, len(RECORD)] of tensors of which nothing was seen yet."""
+    records = np.zeros((*extent, len(RECORD)))
+    records[..., RECORD.index("row")] = -1
+    records[..., RECORD.index("minimum")] = math.inf
+    records[..., RECORD.index("maximum")] = -math.inf
+    return records
+
+
+def read_record(record: npt.NDArray[np.float64]) -> Scan:
+    """The census that a record of :func:`empty_records` has grown to."""
+    size, nan, inf, zero, row, column = (int(value) for value in record[:6])
+    low, high, total = record[6:].tolist()
+    finite = size - nan - inf
+    return Scan(
+        size=size,
+        nan=nan,
+        inf=inf,
+        zero=zero,
+        first=(row, column) if row >= 0 else None,
+        minimum=low if finite else math.nan,
+        maximum=high if finite else math.nan,
+        absmean=total / finite if finite else math.nan,
+    )
+
+
+def observe_address() -> int:
+    """Address of the function that adds a piece of a float32 tensor to its record; see :data:`_OBSERVE`.
+
+    ``void (double* record, const float* values, int64_t row, int64_t rows, int64_t column, int64_t columns,
+    int64_t row_stride, int64_t column_stride)``: the piece begins at (row, column) of the tensor; one of the strides,
+    in elements, is 1. Pieces of one record must come one after the other.
+    """
+    return int(compile_callback(_observe_at, _OBSERVE).address)
 
 
 def _value(key: int, dtype: np.dtype) -> float:
@@ -127,3 +173,47 @@ def _scan(
             else:
                 total += abs(float(floats[row, column]))
     return nan, inf, zero, first, low, high, total
+
+
+_OBSERVE = "void(CPointer(float64), voidptr, int64, int64, int64, int64, int64, int64)"
+
+
+def _observe_at(
+    record: Any, values: Any, row: int, rows: int, column: int, columns: int, row_stride: int, column_stride: int
+) -> None:
+    # Arrays over whole strides, cut to what is inside: carray knows contiguous ones only.
+    if column_stride == 1:
+        floats = carray(values, (rows, row_stride), np.float32)[:, :columns]
+        bits = carray(values, (rows, row_stride), np.int32)[:, :columns]
+    else:
+        floats = carray(values, (columns, column_stride), np.float32)[:, :rows].T
+        bits = carray(values, (columns, column_stride), np.int32)[:, :rows].T
+    _add_piece(carray(record, 9), bits, floats, row, column)
+
+
+@njit(cache=True, nogil=True)
+def _add_piece(record: np.ndarray, bits: np.ndarray, floats: np.ndarray, row: int, column: int) -> None:
+    """Add the piece that begins at (row, column) of its tensor to ``record``."""
+    nan, inf, zero, first, low, high, total = _scan(bits, floats, 0x7FFF_FFFF, 0x7F80_0000)
+    record[0] += bits.size
+    record[1] += nan
+    record[2] += inf
+    record[3] += zero
+    if first >= 0:
+        first_row = row + first // bits.shape[1]
+        first_column = column + first % bits.shape[1]
+        if record[4] < 0 or (first_row, first_column) < (record[4], record[5]):
+            record[4] = first_row
+            record[5] = first_column
+    if nan + inf < bits.size:
+        record[6] = min(record[6], _float_of(low))
+        record[7] = max(record[7], _float_of(high))
+    record[8] += total
+
+
+@njit(cache=True, nogil=True)
+def _float_of(key: int) -> float:
+    """The float32 number whose sort key is ``key``; ``_value`` for compiled code."""
+    if key >= 0:
+        return float(np.int32(key).view(np.float32))
+    return -float(np.int32(~key).view(np.float32))

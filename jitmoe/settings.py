@@ -23,11 +23,13 @@ SETTINGS: dict[str, Setting] = {
     "emulate": Setting(
         "JITMOE_EMULATE", str, None, "1: execute AMX and AVX512-BF16 in software; or the path of another emulator"
     ),
+    "checked": Setting("JITMOE_CHECKED", int, 0, "1: kernels that hold each call to the plan of its scratch; slower"),
     "cache_dir": Setting("JITMOE_CACHE_DIR", Path, None, "where compiled kernels are kept"),
     "compile_timeout": Setting("JITMOE_COMPILE_TIMEOUT", float, 120.0, "seconds one compiler run may take"),
     "cxx": Setting("JITMOE_CXX", str, None, "the C++ compiler, before $CXX, g++ and clang++"),
     "system_cxx": Setting("CXX", str, None, "the C++ compiler, after $JITMOE_CXX"),
     "omp_threads": Setting("OMP_NUM_THREADS", str, None, "threads of the OpenMP pool; `jitmoe doctor` shows it"),
+    "trace": Setting("JITMOE_TRACE", int, 0, "1: trace every call until a value is not finite, and log the report"),
     "search_path": Setting("PATH", str, os.defpath, "where compilers are searched"),
 }
 

@@ -86,7 +86,7 @@ def gather_rows_address() -> int:
     int64_t columns, uint16_t* out, int64_t out_stride)``, strides in elements. Any thread may call it,
     without the GIL, for as long as the process lives.
     """
-    return int(_compile(_gather_rows_at, _GATHER_ROWS).address)
+    return int(compile_callback(_gather_rows_at, _GATHER_ROWS).address)
 
 
 def sum_rows_address() -> int:
@@ -97,13 +97,14 @@ def sum_rows_address() -> int:
     strides in elements; ``row_weight`` may be null where ``weighted`` is 0. Any thread may call it,
     without the GIL, for as long as the process lives.
     """
-    return int(_compile(_sum_rows_at, _SUM_ROWS).address)
+    return int(compile_callback(_sum_rows_at, _SUM_ROWS).address)
 
 
 _compiling = threading.Lock()
 
 
-def _compile(function: Callable[..., None], signature: str) -> Any:
+def compile_callback(function: Callable[..., None], signature: str) -> Any:
+    """The Numba cfunc of a module-level ``function``, compiled once a process; it lives as long as the process."""
     # functools.cache alone lets two threads compile at once and then drops one result, whose address is in use.
     with _compiling:
         return _compile_once(function, signature)

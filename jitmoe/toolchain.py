@@ -38,6 +38,9 @@ COMMON_FLAGS = (
     # Each multiply-add is written out: a compiler that contracts one kernel form and not the other
     # would give a token different bits in different batches.
     "-ffp-contract=off",
+    # Values are the same. Without it GCC takes a comparison of floats for something that may trap and leaves the loops
+    # over the activation scalar where there are no masks: 13 ns an element instead of 1 on AVX2.
+    "-fno-trapping-math",
     # Every instance defines the same inline functions and templates. None may be taken from another
     # instance, which can come from other template versions.
     "-fvisibility-inlines-hidden",

@@ -12,10 +12,12 @@
 
 namespace jitmoe {
 
+enum class BackwardStep { load, gate_up, act_grad, low_grads, x_grad };  // BACKWARD_STEPS in memory.py
+
 template <Shape S, class Gemm>
 struct BackwardSteps : ForwardSteps<S, Gemm> {
   using Base = ForwardSteps<S, Gemm>;
-  using Base::call, Base::group, Base::scratch;
+  using Base::call, Base::group, Base::scratch, Base::kTraced;
 
   bool recomputes() const { return !call.saved_gate; }
   bool wants_lora() const { return call.rank && call.gate_lora_a_grad; }
@@ -31,18 +33,38 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   bf16* group_strip(bf16* saved, const Segment& segment, int64_t strip) const {
     return this->saved_strip(saved, strip, group.rows, segment.row - group.first_row);
   }
+  void announce_group_strip(Access access, bf16* Call::* buffer, const Segment& segment,
+                            int64_t strip) const {
+    announce<S>(call, access, buffer, group_strip(call.*buffer, segment, strip),
+                segment.rows * kStrip * sizeof(bf16));
+  }
+  // One row of parts for each row of the item.
+  template <class Item>
+  void announce_dot_parts(Access access, const Item& item) const {
+    const int64_t strips = ceil_div(S.intermediate, kStrip);
+    announce<S>(call, access, &Call::dot_parts, call.dot_parts + (item.row - group.first_row) * strips,
+                item.rows * strips * sizeof(float));
+  }
 
   void load(const Block& block) const {
     auto* out_block = this->panel(call.out_panel, block.index, S.hidden);
+    this->announce_panel(Access::write, &Call::out_panel, block, S.hidden);
     this->gather_block(call.out_grad, block, out_block);
+    if constexpr (kTraced)
+      observe_rows<S>(call, Observed::dout, block, scratch.rows, round_up(S.hidden, kKStep));
     if (call.rank) {
+      this->announce_low(Access::write, &Call::down_low, block);
+      this->announce_low_rows(Access::write, &Call::down_low_rows, block);
       const Lap<S> lap(scratch, Step::low_rank);
       low_rank_block<S, Gemm>(out_block, block.rows, S.hidden,
                               this->down_b(block.segment->expert).along_rows(), call.rank, this->scale(),
                               this->low(call.down_low, block.index),
                               this->low_rows(call.down_low_rows, block.row), call.row_weight + block.row);
+      if constexpr (kTraced)
+        observe_low<S>(call, Observed::down_du, block, this->low(call.down_low, block.index));
     }
     if (recomputes() || wants_lora()) {
+      announce_x_rows(block);
       auto* x_block = recomputes() ? this->panel(call.x_panel, block.index, S.hidden)
                                    : static_cast<typename Base::Operand*>(scratch.block);
       this->load_x(block, x_block, this->low_rows(call.gate_in_rows, block.row),
@@ -50,41 +72,62 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     }
   }
 
+  void announce_x_rows(const Block& block) const {
+    if (recomputes()) {
+      this->announce_panel(Access::write, &Call::x_panel, block, S.hidden);
+    } else {
+      announce<S>(call, Access::write, &Call::thread_block, scratch.block, call.block_stride);
+    }
+    this->announce_low_rows(Access::write, &Call::gate_in_rows, block);
+    this->announce_low_rows(Access::write, &Call::up_in_rows, block);
+  }
+
+  void recompute(const Segment& segment, int64_t strip) const {
+    announce_group_strip(Access::write, &Call::group_gate, segment, strip);
+    announce_group_strip(Access::write, &Call::group_up, segment, strip);
+    this->gate_up(segment, strip, gate_of(segment, strip), up_of(segment, strip), nullptr);
+  }
+
   void act_grad(const Segment& segment, int64_t strip) const {
+    this->announce_panel(Access::read, &Call::out_panel, segment, S.hidden);
+    this->announce_low(Access::read, &Call::down_low, segment);
+    this->announce_product(segment, 4);
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.intermediate - column);
     float* out = scratch.strip(0, segment.rows);
     down_product(segment, strip, out);
-    if (call.rank) {
-      const Lap<S> lap(scratch, Step::low_rank);
-      add_low_rank<S, Gemm>(this->low(call.down_low, segment.block), RowBlocks(segment.rows, S.m_step),
-                            call.rank, this->down_a(segment.expert).along_columns(), column, columns, out,
-                            scratch.weights);
-    }
+    if constexpr (kTraced) observe_strip(call, Observed::dact, segment, strip, S.intermediate, out);
     through_activation(segment, strip, column, columns, out);
     if (wants_lora()) add_intermediate_grads(segment, column, columns);
   }
 
-  // out = out_grad . W_down for 32 columns of I.
+  // out = [out_grad | s out_grad B] . [W_down ; A] for 32 columns of I.
   void down_product(const Segment& segment, int64_t strip, float* out) const {
+    const Start start = this->start_of(segment, call.down_low, this->down_a(segment.expert).along_columns(),
+                                       strip * kStrip, S.intermediate, Gemm::lane);
     const Lap<S> lap(scratch, Step::act_grad);
     const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
     const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
-    clear(out, segment.rows);
-    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights, out,
-                   scratch.weights);
+    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights,
+                   start, out, scratch.weights);
     Gemm::settle(out, segment.rows);
   }
 
   // Strips 1, 2, 3 become a, dgate and dup, which also go into their panels.
   void through_activation(const Segment& segment, int64_t strip, int64_t column, int64_t columns,
                           float* out) const {
+    announce_activation(segment, strip);
     const Lap<S> lap(scratch, Step::activation);
     float* acts = scratch.strip(1, segment.rows);
     float* gates = scratch.strip(2, segment.rows);
     float* ups = scratch.strip(3, segment.rows);
     load_bf16(gate_of(segment, strip), segment.rows, columns, gates);
     load_bf16(up_of(segment, strip), segment.rows, columns, ups);
+    if constexpr (kTraced)
+      if (!recomputes()) {
+        observe_strip(call, Observed::gate, segment, strip, S.intermediate, gates);
+        observe_strip(call, Observed::up, segment, strip, S.intermediate, ups);
+      }
     clear_padding(out, segment.rows, columns);
     const int64_t strips = ceil_div(S.intermediate, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row) {
@@ -92,22 +135,43 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       activation_grad(call.row_weight[segment.row + row], out + at, acts + at, gates + at, ups + at);
       call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = tree_sum<kStrip>(out + at);
     }
+    if constexpr (kTraced) {
+      observe_strip(call, Observed::act, segment, strip, S.intermediate, acts);
+      observe_strip(call, Observed::dgate, segment, strip, S.intermediate, gates);
+      observe_strip(call, Observed::dup, segment, strip, S.intermediate, ups);
+    }
     this->store_panel(gates, segment, column, columns, call.gate_panel);
     this->store_panel(ups, segment, column, columns, call.up_panel);
     if (wants_lora()) this->store_panel(acts, segment, column, columns, call.act_panel);
   }
 
+  void announce_activation(const Segment& segment, int64_t strip) const {
+    if (recomputes()) {
+      announce_group_strip(Access::read, &Call::group_gate, segment, strip);
+      announce_group_strip(Access::read, &Call::group_up, segment, strip);
+    }
+    announce_dot_parts(Access::write, segment);
+    this->announce_panel(Access::write, &Call::gate_panel, segment, S.intermediate);
+    this->announce_panel(Access::write, &Call::up_panel, segment, S.intermediate);
+    if (wants_lora()) {
+      this->announce_panel(Access::write, &Call::act_panel, segment, S.intermediate);
+    }
+  }
+
   // Gradients of the three parameters that have I as an axis.
   void add_intermediate_grads(const Segment& segment, int64_t column, int64_t columns) const {
+    this->announce_low_rows(Access::read, &Call::down_low_rows, segment);
+    this->announce_low_rows(Access::read, &Call::gate_in_rows, segment);
+    this->announce_low_rows(Access::read, &Call::up_in_rows, segment);
     const Lap<S> lap(scratch, Step::lora_grads);
     const int64_t rows = segment.rows;
     const int64_t at = segment.expert * call.rank * S.intermediate;
     add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), rows, call.rank, scratch.strip(1, rows),
-                     column, columns, S.intermediate, call.down_lora_a_grad + at, scratch.weights);
+                     column, columns, S.intermediate, call.down_lora_a_grad + at, scratch.lora);
     add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), rows, call.rank, scratch.strip(2, rows),
-                     column, columns, call.gate_lora_b_grad + at, scratch.weights);
+                     column, columns, call.gate_lora_b_grad + at, scratch.lora);
     add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), rows, call.rank, scratch.strip(3, rows),
-                     column, columns, call.up_lora_b_grad + at, scratch.weights);
+                     column, columns, call.up_lora_b_grad + at, scratch.lora);
   }
 
   // The reverse of store_bf16, with zeros beyond the edge of the matrix.
@@ -143,6 +207,7 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   }
 
   void low_grads(const Block& block) const {
+    announce_dot_parts(Access::read, block);
     const Lap<S> lap(scratch, Step::low_rank);
     const int64_t expert = block.segment->expert;
     const int64_t strips = ceil_div(S.intermediate, kStrip);
@@ -153,6 +218,7 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       call.weights_grad[call.row_slot[row]] = sum;
     }
     if (!call.rank) return;
+    announce_low_grads(block);
     low_rank_block<S, Gemm>(this->panel(call.gate_panel, block.index, S.intermediate), block.rows,
                             S.intermediate, this->gate_b(expert).along_rows(), call.rank, this->scale(),
                             this->low(call.gate_low, block.index),
@@ -161,69 +227,101 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
                             S.intermediate, this->up_b(expert).along_rows(), call.rank, this->scale(),
                             this->low(call.up_low, block.index), this->low_rows(call.up_low_rows, block.row),
                             nullptr);
-    if (wants_lora())
+    if constexpr (kTraced) {
+      observe_low<S>(call, Observed::gate_du, block, this->low(call.gate_low, block.index));
+      observe_low<S>(call, Observed::up_du, block, this->low(call.up_low, block.index));
+    }
+    if (wants_lora()) {
       low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows,
                               S.intermediate, this->down_a(expert).along_columns(), call.rank, this->scale(),
                               this->low(call.down_low, block.index),
                               this->low_rows(call.down_in_rows, block.row), call.row_weight + block.row);
+      if constexpr (kTraced)
+        observe_low<S>(call, Observed::down_u, block, this->low(call.down_low, block.index));
+    }
+  }
+
+  void announce_low_grads(const Block& block) const {
+    this->announce_panel(Access::read, &Call::gate_panel, block, S.intermediate);
+    this->announce_panel(Access::read, &Call::up_panel, block, S.intermediate);
+    this->announce_low(Access::write, &Call::gate_low, block);
+    this->announce_low(Access::write, &Call::up_low, block);
+    this->announce_low_rows(Access::write, &Call::gate_low_rows, block);
+    this->announce_low_rows(Access::write, &Call::up_low_rows, block);
+    if (wants_lora()) {
+      this->announce_panel(Access::read, &Call::act_panel, block, S.intermediate);
+      this->announce_low(Access::write, &Call::down_low, block);
+      this->announce_low_rows(Access::write, &Call::down_in_rows, block);
+    }
   }
 
   void x_grad(const Segment& segment, const Next& next, int64_t strip) const {
     const int64_t column = strip * kStrip;
     const int64_t columns = smaller(kStrip, S.hidden - column);
+    this->announce_product(segment, 2);
     if (call.sums) {
+      announce_x_grad(segment);
       float* sum = scratch.strip(0, segment.rows);
       gate_up_product(segment, next, strip, sum);
-      if (call.rank) add_x_low_rank(segment, column, columns, sum);
+      if constexpr (kTraced) observe_strip(call, Observed::dx, segment, strip, S.hidden, sum);
       this->add_to_tokens(segment, strip, sum, 0);
     }
     if (wants_lora()) add_hidden_grads(segment, column, columns);
   }
 
-  // sum = dgate . W_gate + dup . W_up for 32 columns of H.
+  void announce_x_grad(const Segment& segment) const {
+    this->announce_panel(Access::read, &Call::gate_panel, segment, S.intermediate);
+    this->announce_panel(Access::read, &Call::up_panel, segment, S.intermediate);
+    this->announce_low(Access::read, &Call::gate_low, segment);
+    this->announce_low(Access::read, &Call::up_low, segment);
+  }
+
+  // sum = [dgate | s dgate B] . [W_gate ; A] and the same of up, for 32 columns of H.
   void gate_up_product(const Segment& segment, const Next& next, int64_t strip, float* sum) const {
-    const Lap<S> lap(scratch, Step::x_grad);
+    const int64_t column = strip * kStrip;
     const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
-    clear(sum, segment.rows);
-    add_base(segment, call.gate_panel, gate, up, sum);
-    add_base(segment, call.up_panel, up, this->gate_strip(next.expert, 0) + next.strip * kBlockElements, sum);
+    const bf16* following = this->gate_strip(next.expert, 0) + next.strip * kBlockElements;
+    Start start = this->start_of(segment, call.gate_low, this->gate_a(segment.expert).along_columns(), column,
+                                 S.hidden, Gemm::lane);
+    multiply_back(segment, call.gate_panel, gate, up, start, sum);
+    start = this->start_of(segment, call.up_low, this->up_a(segment.expert).along_columns(), column, S.hidden,
+                           Gemm::lane);
+    start.zero = false;
+    multiply_back(segment, call.up_panel, up, following, start, sum);
+    const Lap<S> lap(scratch, Step::x_grad);
     Gemm::settle(sum, segment.rows);
   }
 
-  void add_x_low_rank(const Segment& segment, int64_t column, int64_t columns, float* sum) const {
-    const Lap<S> lap(scratch, Step::low_rank);
-    const RowBlocks blocks(segment.rows, S.m_step);
-    add_low_rank<S, Gemm>(this->low(call.gate_low, segment.block), blocks, call.rank,
-                          this->gate_a(segment.expert).along_columns(), column, columns, sum,
-                          scratch.weights);
-    add_low_rank<S, Gemm>(this->low(call.up_low, segment.block), blocks, call.rank,
-                          this->up_a(segment.expert).along_columns(), column, columns, sum, scratch.weights);
-  }
-
-  void add_base(const Segment& segment, void* panel, const bf16* blocks, const bf16* next, float* sum) const {
+  void multiply_back(const Segment& segment, void* panel, const bf16* blocks, const bf16* next,
+                     const Start& start, float* sum) const {
+    const Lap<S> lap(scratch, Step::x_grad);
     const Weights weights{blocks, next, packed_elements(kStrip, S.hidden)};
     Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights,
-                   sum, scratch.weights);
+                   start, sum, scratch.weights);
   }
 
   // Gradients of the three parameters that have H as an axis.
   void add_hidden_grads(const Segment& segment, int64_t column, int64_t columns) const {
+    this->announce_low_rows(Access::read, &Call::gate_low_rows, segment);
+    this->announce_low_rows(Access::read, &Call::up_low_rows, segment);
+    this->announce_low_rows(Access::read, &Call::down_in_rows, segment);
     const Lap<S> lap(scratch, Step::lora_grads);
     float* values = scratch.strip(1, segment.rows);
     const int64_t at = segment.expert * call.rank * S.hidden;
     gather_strip(call.x, segment, column, columns, values);
     add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, S.hidden, call.gate_lora_a_grad + at, scratch.weights);
+                     columns, S.hidden, call.gate_lora_a_grad + at, scratch.lora);
     add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, S.hidden, call.up_lora_a_grad + at, scratch.weights);
+                     columns, S.hidden, call.up_lora_a_grad + at, scratch.lora);
     gather_strip(call.out_grad, segment, column, columns, values);
     add_b_grad<Gemm>(this->low_rows(call.down_in_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, call.down_lora_b_grad + at, scratch.weights);
+                     columns, call.down_lora_b_grad + at, scratch.lora);
   }
 
   void gather_strip(const bf16* tokens, const Segment& segment, int64_t column, int64_t columns,
                     float* strip) const {
+    announce<S>(call, Access::write, &Call::thread_rows, scratch.rows, segment.rows * kStrip * sizeof(bf16));
     call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns,
                      scratch.rows, kStrip);
     for (int64_t row = 0; row < segment.rows; ++row)
@@ -236,14 +334,18 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 template <Shape S, class Gemm>
 void backward_group(const Call& call, const Group& group, const ThreadScratch& scratch) {
   const BackwardSteps<S, Gemm> steps{{call, group, scratch}};
+  enter_step<S>(call, BackwardStep::load);
   for_each_block<S>(group, [&](const Block& block) { steps.load(block); });
+  enter_step<S>(call, BackwardStep::gate_up);
   if (steps.recomputes())
-    for_each_segment_strip(group, S.intermediate, [&](const Segment& segment, int64_t strip) {
-      steps.gate_up(segment, strip, steps.gate_of(segment, strip), steps.up_of(segment, strip), nullptr);
-    });
+    for_each_segment_strip(group, S.intermediate,
+                           [&](const Segment& segment, int64_t strip) { steps.recompute(segment, strip); });
+  enter_step<S>(call, BackwardStep::act_grad);
   for_each_segment_strip(group, S.intermediate,
                          [&](const Segment& segment, int64_t strip) { steps.act_grad(segment, strip); });
+  enter_step<S>(call, BackwardStep::low_grads);
   for_each_block<S>(group, [&](const Block& block) { steps.low_grads(block); });
+  enter_step<S>(call, BackwardStep::x_grad);
   for_each_strip(group, S.hidden, [&](const Segment& segment, const Next& next, int64_t strip) {
     steps.x_grad(segment, next, strip);
   });

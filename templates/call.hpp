@@ -22,6 +22,10 @@ using GatherRows = void (*)(const bf16* x, int64_t x_stride, const int64_t* row_
 using SumRows = void (*)(const float* values, int64_t values_stride, const int64_t* row_token,
                          const float* row_weight, int64_t weighted, int64_t rows, int64_t column,
                          int64_t columns, float* out, int64_t out_stride);
+using ObserveValues = void (*)(double* record, const float* values, int64_t row, int64_t rows, int64_t column,
+                               int64_t columns, int64_t row_stride, int64_t column_stride);
+
+struct Checks;
 
 struct Call {
   // Tensors of the caller; T tokens, S rows (kept slots), H hidden, I intermediate, r rank.
@@ -83,12 +87,17 @@ struct Call {
   float* thread_weights;   // of each thread: expanded weights
   float* thread_strips;    // strips of float32 columns
   bf16* thread_rows;       // gathered rows
+  float* thread_lora;      // [r, 32] of a LoRA matrix
   void* thread_block;      // one row block of x in backward
   int64_t weights_stride;  // bytes from one thread's part to the next one's
   int64_t strips_stride;
   int64_t rows_stride;
+  int64_t lora_stride;
   int64_t block_stride;
   double* step_seconds;  // [Step::count] thread seconds, added to by a timed instance
+  Checks* checks;        // of a checked instance
+  double* census;        // see traced.hpp; added to by a traced instance, which runs on one thread
+  ObserveValues observe;
 };
 
 }  // namespace jitmoe

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AMX_BF16__
+#include "amx.hpp"
+#endif
+
 namespace {
 
 // Two multiply-adds a cycle with a latency of four or five: more chains than needed, fewer than registers.
@@ -91,6 +95,39 @@ double dot_loop(int64_t steps) {
 }
 #endif
 
+#ifdef __AMX_BF16__
+constexpr int kProducts = 4;  // of tiles: one accumulator each, as in the kernel
+
+// Pairs (x, x) against (1, -1), as above, in whole tiles.
+double tile_loop(int64_t steps) {
+  jitmoe::amx::Configuration configuration{};
+  configuration.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    configuration.row_bytes[tile] = jitmoe::amx::kRowBytes;
+    configuration.rows[tile] = jitmoe::amx::kRows;
+  }
+  alignas(64) uint32_t left[256], right[256];
+  alignas(64) float sum[256];
+  for (int i = 0; i < 256; ++i) left[i] = 0x3f403f40, right[i] = 0x3f80bf80, sum[i] = 1.0f;
+  jitmoe::amx::load_configuration(configuration);
+  jitmoe::amx::load<0>(sum, 64);
+  jitmoe::amx::load<1>(sum, 64);
+  jitmoe::amx::load<2>(sum, 64);
+  jitmoe::amx::load<3>(sum, 64);
+  jitmoe::amx::load<4>(left, 64);
+  jitmoe::amx::load<5>(right, 64);
+  for (int64_t step = 0; step < steps; ++step) {
+    jitmoe::amx::multiply_add<0, 4, 5>();
+    jitmoe::amx::multiply_add<1, 4, 5>();
+    jitmoe::amx::multiply_add<2, 4, 5>();
+    jitmoe::amx::multiply_add<3, 4, 5>();
+  }
+  jitmoe::amx::store<0>(sum, 64);
+  jitmoe::amx::release();
+  return sum[0];
+}
+#endif
+
 #ifdef __AVX512F__
 // No flag of a kernel's instruction set includes VNNI; the caller asks the CPU first.
 __attribute__((target("avx512f,avx512vnni"))) double vnni_loop(int64_t steps) {
@@ -147,6 +184,15 @@ double jitmoe_peak_fma(int64_t threads, int64_t steps) {
 double jitmoe_peak_bf16([[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t steps) {
 #ifdef __AVX512BF16__
   return operations(threads, steps, kChains * 32 * 2, dot_loop);
+#else
+  return 0.0;
+#endif
+}
+
+// TDPBF16PS on whole tiles: 16 x 16 x 32 multiplications and additions each.
+double jitmoe_peak_tmul([[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t steps) {
+#ifdef __AMX_BF16__
+  return operations(threads, steps, kProducts * 16 * 16 * 32 * 2, tile_loop);
 #else
   return 0.0;
 #endif

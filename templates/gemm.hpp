@@ -26,9 +26,12 @@
 //   pack_rows(rows, stride, count, k, block)                rows of bfloat16, zero up to a multiple of 32,
 //                                                           -> one row block
 //   pack_strip(strip, count, column, columns, k, block)     32 columns of a strip -> those of a row block
-//   forward(panel, rows, k, weights, strip, scratch)        strip += panel [rows, k] . W[32 outputs, k]^T
-//   backward(panel, rows, n, weights, strip, scratch)       strip += panel [rows, n] . W[n, 32 inputs]
-//   settle(strip, rows)                                     columns of a backward strip into natural order
+//   forward(panel, rows, k, weights, start, strip, scratch)
+//                                                           strip = start + panel [rows, k] . W[32 outputs, k]^T
+//   backward(panel, rows, n, weights, start, strip, scratch)
+//                                                           strip = start + panel [rows, n] . W[n, 32 inputs]
+//   lane(column)                                            where backward keeps a column of its strip ...
+//   settle(strip, rows)                                     ... until they are put into natural order
 //   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
 //   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
 #pragma once
@@ -66,6 +69,15 @@ struct Weights {
   const bf16* next;
   int64_t stride;
   const bf16* block(int64_t index) const { return blocks + index * stride; }
+};
+
+// What the sums of a product begin with: zero or the values in the strip, and the LoRA K-step, low-rank
+// columns of the rows [blocks, rank, m_step] times [rank, 32] of a LoRA matrix.
+struct Start {
+  bool zero;
+  const float* low;
+  const float* lora;
+  int64_t rank;
 };
 
 // Brings the next chunk of weights into the L2 cache while the row blocks sweep over the present one: for

@@ -82,16 +82,18 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
       _mm512_storeu_si512(row_of(block, row, column), load_rounded(strip + row * kStrip, columns));
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
-                      float* scratch) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+                      const Start& start, float* strip, float* scratch) {
+    begin(rows, start, strip);
     const int64_t whole = k / kKStep;
     auto* last = reinterpret_cast<bf16*>(scratch);
     if (k % kKStep) cut_pairs(weights.block(whole), k % kKStep, last);
     sweep(panel, rows, weights, {weights.blocks, whole, k % kKStep ? last : nullptr}, strip);
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
-                       float* scratch) {
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+                       const Start& start, float* strip, float* scratch) {
+    begin(rows, start, strip);
     const int64_t all = ceil_div(n, kKStep);
     auto* paired = reinterpret_cast<bf16*>(scratch);
     for (int64_t i = 0; i < all; ++i) pair_outputs(weights.block(i), paired + i * kBlockElements);
@@ -100,6 +102,7 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
     sweep(panel, rows, weights, {paired, all, nullptr}, strip);
   }
 
+  static int64_t lane(int64_t column) { return column; }
   static void settle(float*, int64_t) {}
 
   // The LoRA matrix becomes right operands on the way, 32 ranks and one chunk of k at a time.
@@ -129,6 +132,15 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
   }
 
  private:
+  // The LoRA K-step stays in float32 vectors: the rank of most adapters fills a quarter of a tile.
+  static void begin(int64_t rows, const Start& start, float* strip) {
+    for (int64_t i = 0; start.zero && i < rows * kStrip; ++i) strip[i] = 0.0f;
+    const RowBlocks blocks(rows, S.m_step);
+    for (int64_t b = 0; start.rank && b < blocks.count; ++b)
+      GemmAmx::outer(start.low + b * start.rank * S.m_step, S.m_step, blocks.size(b), start.lora, start.rank,
+                     strip + blocks.begin(b) * kStrip);
+  }
+
   // The right operand of a product: `whole` blocks of pairs in a row and perhaps one more elsewhere.
   struct Right {
     const bf16* blocks;

@@ -46,18 +46,18 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
     store_pairs(pairs, column, column + columns, block);
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
-                      float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+                      const Start& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(k, kKStep);
     for (int64_t first = 0; first < all; first += kForwardBlocks)
       sweep<true>(panel, blocks, k, first, weights.block(first),
                   Ahead(weights, first, kForwardBlocks, all, blocks.count),
-                  smaller(kForwardBlocks, all - first), strip);
+                  smaller(kForwardBlocks, all - first), first ? Base::kAdd : start, strip);
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
-                       float* scratch) {
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+                       const Start& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(n, kKStep);
     bf16* paired = reinterpret_cast<bf16*>(scratch);
@@ -65,10 +65,11 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
       const int64_t count = smaller(kBackwardBlocks, all - first);
       for (int64_t i = 0; i < count; ++i) pair_outputs(weights.block(first + i), paired + i * kBlockElements);
       sweep<false>(panel, blocks, n, first, paired, Ahead(weights, first, kBackwardBlocks, all, blocks.count),
-                   count, strip);
+                   count, first ? Base::kAdd : start, strip);
     }
   }
 
+  static int64_t lane(int64_t column) { return column; }
   static void settle(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
@@ -94,12 +95,13 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
   // All row blocks over `count` blocks of pairs, in either direction of the contraction.
   template <bool Packed>
   static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
-                    const bf16* pairs, const Ahead& ahead, int64_t count, float* strip) {
+                    const bf16* pairs, const Ahead& ahead, int64_t count, const Start& start, float* strip) {
     for (int64_t b = 0; b < blocks.count; ++b)
       Base::with_rows(blocks.size(b), [&]<int R>() {
         dot<R, Packed>(
             panel + b * block_elements(k) + first * kTile * S.m_step, pairs, count, k - first * kKStep,
-            [&](int64_t block) { ahead.fetch(b, block); }, strip + blocks.begin(b) * kStrip);
+            [&](int64_t block) { ahead.fetch(b, block); }, Base::of_block(start, b),
+            strip + blocks.begin(b) * kStrip);
       });
   }
 
@@ -107,13 +109,10 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
   // does not follow (165 against 334 GFLOP/s at 14 rows, 2026-11-23), so each step asks for the lines of two
   // blocks ahead.
   template <int R, bool Packed, class Fetch>
-  static void dot(const Operand* a, const bf16* pairs, int64_t count, int64_t k, Fetch&& fetch, float* c) {
+  static void dot(const Operand* a, const bf16* pairs, int64_t count, int64_t k, Fetch&& fetch,
+                  const Start& start, float* c) {
     __m512 sum[R][2];
-#pragma GCC unroll 14
-    for (int row = 0; row < R; ++row) {
-      sum[row][0] = V::load(c + row * kStrip);
-      sum[row][1] = V::load(c + row * kStrip + 16);
-    }
+    Base::template begin_sums<R>(start, c, kTile, sum);
     for (int64_t block = 0; block < count; ++block) {
       fetch(block);
       const int64_t here = smaller(kKStep, k - block * kKStep);
@@ -127,11 +126,7 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
       }
       if (here % 2) dot_row<R>(a, first_of_pair(pair), first_of_pair(pair + kTileElements), sum);
     }
-#pragma GCC unroll 14
-    for (int row = 0; row < R; ++row) {
-      V::store(c + row * kStrip, sum[row][0]);
-      V::store(c + row * kStrip + 16, sum[row][1]);
-    }
+    Base::template store_sums<R>(c, kTile, sum);
   }
 
   // Where only half of the last pair is inside the matrix, the other half is cut off: a NaN in the padding

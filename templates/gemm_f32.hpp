@@ -10,8 +10,8 @@
 //     x[k, 1]   ->   sum[1][0]      sum[1][1]          m_step broadcasts, 2 m_step multiply-adds
 //       ...
 //
-// Each element is one chain of fused multiply-adds in ascending k, in every form below: a row's bits
-// do not depend on the number of rows beside it.
+// Each element is one chain of fused multiply-adds, the LoRA K-step first and then k ascending, in every form
+// below: a row's bits do not depend on the number of rows beside it.
 #pragma once
 #include "gemm.hpp"
 
@@ -56,29 +56,30 @@ struct GemmF32 {
     }
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
-                      float* scratch) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+                      const Start& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
-    if (blocks.count > kDirectBlocks) return chunked(panel, blocks, k, weights, strip, scratch, expand);
+    if (blocks.count > kDirectBlocks)
+      return chunked(panel, blocks, k, weights, start, strip, scratch, expand);
     for (int64_t b = 0; b < blocks.count; ++b)
       with_rows(blocks.size(b), [&]<int R>() {
-        direct<R>(panel + b * block_elements(k), weights.blocks, k, strip + blocks.begin(b) * kStrip);
+        direct<R>(panel + b * block_elements(k), weights.blocks, k, of_block(start, b),
+                  strip + blocks.begin(b) * kStrip);
       });
   }
 
-  // The strip is left in the lane order of the expanded panel: even columns, then odd; see settle().
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
-                       float* scratch) {
-    chunked(panel, RowBlocks(rows, S.m_step), n, weights, strip, scratch, transpose_expand);
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+                       const Start& start, float* strip, float* scratch) {
+    chunked(panel, RowBlocks(rows, S.m_step), n, weights, start, strip, scratch, transpose_expand);
   }
+
+  // The lane order of the expanded panel: even columns, then odd.
+  static int64_t lane(int64_t column) { return column / 2 + column % 2 * kTile; }
 
   static void settle(float* strip, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
       float natural[kStrip];
-      for (int64_t i = 0; i < kTile; ++i) {
-        natural[2 * i] = strip[row * kStrip + i];
-        natural[2 * i + 1] = strip[row * kStrip + kTile + i];
-      }
+      for (int64_t i = 0; i < kStrip; ++i) natural[i] = strip[row * kStrip + lane(i)];
       for (int64_t i = 0; i < kStrip; ++i) strip[row * kStrip + i] = natural[i];
     }
   }
@@ -94,11 +95,52 @@ struct GemmF32 {
     for (int64_t row = 0; row < rows; row += S.m_step)
       with_rows(smaller(S.m_step, rows - row), [&]<int R>() {
         for (int64_t column = 0; column < kStrip; column += kWidth)
-          accumulate<R>(a + row, a_stride, b + column, k, c + row * kStrip + column, nullptr, 0);
+          accumulate<R>(a + row, a_stride, b + column, k, kAdd, c + row * kStrip + column, nullptr, 0);
       });
   }
 
  protected:
+  static constexpr Start kAdd{false, nullptr, nullptr, 0};  // the sums go on from the strip
+
+  static Start of_block(const Start& start, int64_t block) {
+    return {start.zero, start.low + block * start.rank * S.m_step, start.lora, start.rank};
+  }
+  static Start of_column(const Start& start, int64_t column) {
+    return {start.zero, start.low, start.lora + column, start.rank};
+  }
+
+  // Sums of R rows and two vectors of columns, `apart` columns from each other.
+  template <int R>
+  static void begin_sums(const Start& start, const float* c, int64_t apart, Float (&sum)[R][2]) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      sum[row][0] = start.zero ? V::set(0.0f) : V::load(c + row * kStrip);
+      sum[row][1] = start.zero ? V::set(0.0f) : V::load(c + row * kStrip + apart);
+    }
+    for (int64_t r = 0; r < start.rank; ++r)
+      fma_row<R>(start.low + r * S.m_step, V::load(start.lora + r * kStrip),
+                 V::load(start.lora + r * kStrip + apart), sum);
+  }
+
+  template <int R>
+  static void store_sums(float* c, int64_t apart, const Float (&sum)[R][2]) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      V::store(c + row * kStrip, sum[row][0]);
+      V::store(c + row * kStrip + apart, sum[row][1]);
+    }
+  }
+
+  template <int R>
+  static void fma_row(const float* a, Float left, Float right, Float (&sum)[R][2]) {
+#pragma GCC unroll 14
+    for (int row = 0; row < R; ++row) {
+      const Float x = V::set(a[row]);
+      sum[row][0] = V::fma(x, left, sum[row][0]);
+      sum[row][1] = V::fma(x, right, sum[row][1]);
+    }
+  }
+
   // Calls f.operator()<rows>() for rows in 1..m_step.
   template <int R = S.m_step, class F>
   static void with_rows(int64_t rows, F&& f) {
@@ -128,7 +170,7 @@ struct GemmF32 {
  private:
   // Chunk by chunk of the contraction: expand the weights once, sweep all row blocks over them.
   static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights,
-                      float* strip, float* scratch, void (*fill)(const bf16*, float*)) {
+                      const Start& start, float* strip, float* scratch, void (*fill)(const bf16*, float*)) {
     const int64_t all = ceil_div(k, kKStep);
     for (int64_t first = 0; first < all; first += kChunkBlocks) {
       const int64_t count = smaller(kChunkBlocks, all - first);
@@ -137,36 +179,38 @@ struct GemmF32 {
       for (int64_t b = 0; b < blocks.count; ++b)
         with_rows(blocks.size(b), [&]<int R>() {
           const float* a = panel + b * block_elements(k) + first * kKStep * S.m_step;
+          const Start from = first ? kAdd : of_block(start, b);
           for (int64_t column = 0; column < kStrip; column += kWidth)
             accumulate<R>(a, S.m_step, scratch + column, smaller(count * kKStep, k - first * kKStep),
-                          strip + blocks.begin(b) * kStrip + column, column == 0 ? &ahead : nullptr, b);
+                          of_column(from, column), strip + blocks.begin(b) * kStrip + column,
+                          column == 0 ? &ahead : nullptr, b);
         });
     }
   }
 
   // One register block. The sums are the same with and without `ahead`, which only prefetches.
   template <int R>
-  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
-                         const Ahead* ahead, int64_t sweep) {
+  static void accumulate(const float* a, int64_t a_stride, const float* b, int64_t k, const Start& start,
+                         float* c, const Ahead* ahead, int64_t sweep) {
     Float sum[R][2];
-    load_sums<R>(c, sum);
+    begin_sums<R>(start, c, kLanes, sum);
     for (int64_t first = 0; first < k; first += kKStep) {
       if (ahead) ahead->fetch(sweep, first / kKStep);
       for (int64_t i = first; i < smaller(first + kKStep, k); ++i)
         fma_row<R>(a + i * a_stride, V::load(b + i * kStrip), V::load(b + i * kStrip + kLanes), sum);
     }
-    store_sums<R>(c, sum);
+    store_sums<R>(c, kLanes, sum);
   }
 
   // Few rows: the expansion costs less than writing and reading a panel. 4 KB ahead is beyond what the
   // hardware prefetcher keeps in flight on one page.
   template <int R>
-  static void direct(const float* a, const bf16* weights, int64_t k, float* c) {
+  static void direct(const float* a, const bf16* weights, int64_t k, const Start& start, float* c) {
     constexpr int64_t kAhead = 4096 / sizeof(bf16);
     constexpr int kPieces = kTile / kLanes;  // vectors across one row of a tile
     for (int piece = 0; piece < kPieces; ++piece) {
       Float sum[R][2];
-      load_sums<R>(c + piece * kLanes, sum, kTile);
+      begin_sums<R>(of_column(start, piece * kLanes), c + piece * kLanes, kTile, sum);
       for (int64_t i = 0; i < k; i += 2) {
         const bf16* pairs = weights + i / kKStep * kBlockElements + i % kKStep / 2 * kKStep + piece * kWidth;
         V::prefetch(pairs + kAhead);
@@ -175,35 +219,7 @@ struct GemmF32 {
         fma_row<R>(a + i * S.m_step, V::low_half(left), V::low_half(right), sum);
         if (i + 1 < k) fma_row<R>(a + (i + 1) * S.m_step, V::high_half(left), V::high_half(right), sum);
       }
-      store_sums<R>(c + piece * kLanes, sum, kTile);
-    }
-  }
-
-  template <int R>
-  static void fma_row(const float* a, Float left, Float right, Float (&sum)[R][2]) {
-#pragma GCC unroll 14
-    for (int row = 0; row < R; ++row) {
-      const Float x = V::set(a[row]);
-      sum[row][0] = V::fma(x, left, sum[row][0]);
-      sum[row][1] = V::fma(x, right, sum[row][1]);
-    }
-  }
-
-  template <int R>
-  static void load_sums(const float* c, Float (&sum)[R][2], int64_t apart = kLanes) {
-#pragma GCC unroll 14
-    for (int row = 0; row < R; ++row) {
-      sum[row][0] = V::load(c + row * kStrip);
-      sum[row][1] = V::load(c + row * kStrip + apart);
-    }
-  }
-
-  template <int R>
-  static void store_sums(float* c, const Float (&sum)[R][2], int64_t apart = kLanes) {
-#pragma GCC unroll 14
-    for (int row = 0; row < R; ++row) {
-      V::store(c + row * kStrip, sum[row][0]);
-      V::store(c + row * kStrip + apart, sum[row][1]);
+      store_sums<R>(c + piece * kLanes, kTile, sum);
     }
   }
 

@@ -28,9 +28,10 @@ struct GemmRef {
       for (int64_t c = 0; c < columns; ++c) block[row * k + column + c] = strip[row * kStrip + c];
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights, float* strip,
-                      float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+                      const Start& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
+    begin(blocks, start, strip);
     for (int64_t b = 0; b < blocks.count; ++b)
       for (int64_t row = 0; row < blocks.size(b); ++row)
         for (int64_t c = 0; c < kStrip; ++c)
@@ -39,9 +40,10 @@ struct GemmRef {
                 panel[b * block_elements(k) + row * k + i] * weight(weights.block(i / kKStep), c, i % kKStep);
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights, float* strip,
-                       float*) {
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+                       const Start& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
+    begin(blocks, start, strip);
     for (int64_t b = 0; b < blocks.count; ++b)
       for (int64_t row = 0; row < blocks.size(b); ++row)
         for (int64_t c = 0; c < kStrip; ++c)
@@ -50,6 +52,7 @@ struct GemmRef {
                 panel[b * block_elements(n) + row * n + i] * weight(weights.block(i / kStrip), i % kStrip, c);
   }
 
+  static int64_t lane(int64_t column) { return column; }
   static void settle(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
@@ -67,6 +70,14 @@ struct GemmRef {
       for (int64_t column = 0; column < kStrip; ++column)
         for (int64_t i = 0; i < k; ++i)
           c[row * kStrip + column] += a[i * a_stride + row] * b[i * kStrip + column];
+  }
+
+ private:
+  static void begin(const RowBlocks& blocks, const Start& start, float* strip) {
+    for (int64_t i = 0; start.zero && i < blocks.rows * kStrip; ++i) strip[i] = 0.0f;
+    for (int64_t b = 0; b < blocks.count; ++b)
+      outer(start.low + b * start.rank * S.m_step, S.m_step, blocks.size(b), start.lora, start.rank,
+            strip + blocks.begin(b) * kStrip);
   }
 };
 

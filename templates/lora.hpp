@@ -38,30 +38,21 @@ void low_rank_block(const typename Gemm::Operand* block, int64_t count, int64_t 
     }
 }
 
-// [rank, 32] float32 from at(column, rank), zeros beyond `columns`.
-template <class At>
-void load_strip(int64_t rank, int64_t columns, float* strip, At&& at) {
-  for (int64_t r = 0; r < rank; ++r) {
-    for (int64_t c = 0; c < columns; ++c) strip[r * kStrip + c] = at(c, r);
-    for (int64_t c = columns; c < kStrip; ++c) strip[r * kStrip + c] = 0.0f;
-  }
-}
+inline int64_t natural(int64_t column) { return column; }
 
-// strip += low . lora for 32 columns from `column`; `lora` is read as [rank, columns] through its strides.
-template <Shape S, class Gemm>
-void add_low_rank(const float* low, const RowBlocks& blocks, int64_t rank, typename LoraMatrix<S>::View lora,
-                  int64_t column, int64_t columns, float* strip, float* scratch) {
-  load_strip(rank, columns, scratch, [&](int64_t c, int64_t r) { return lora.at(column + c, r); });
-  for (int64_t b = 0; b < blocks.count; ++b)
-    Gemm::outer(low + b * rank * S.m_step, S.m_step, blocks.size(b), scratch, rank,
-                strip + blocks.begin(b) * kStrip);
+// [rank, 32] float32 from at(column, rank), zeros beyond `columns`; column c goes to place lane(c).
+template <class At, class Lane>
+void load_strip(int64_t rank, int64_t columns, float* strip, At&& at, Lane&& lane) {
+  for (int64_t r = 0; r < rank; ++r)
+    for (int64_t c = 0; c < kStrip; ++c) strip[r * kStrip + lane(c)] = c < columns ? at(c, r) : 0.0f;
 }
 
 // grad [rank, width] of an A matrix, columns `column`...: += low_rows^T . strip
 template <class Gemm>
 void add_a_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, int64_t column,
                 int64_t columns, int64_t width, float* grad, float* scratch) {
-  load_strip(rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[r * width + column + c]; });
+  load_strip(
+      rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[r * width + column + c]; }, natural);
   Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
   for (int64_t r = 0; r < rank; ++r)
     for (int64_t c = 0; c < columns; ++c) grad[r * width + column + c] = scratch[r * kStrip + c];
@@ -71,7 +62,8 @@ void add_a_grad(const float* low_rows, int64_t rows, int64_t rank, const float* 
 template <class Gemm>
 void add_b_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, int64_t column,
                 int64_t columns, float* grad, float* scratch) {
-  load_strip(rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[(column + c) * rank + r]; });
+  load_strip(
+      rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[(column + c) * rank + r]; }, natural);
   Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
   for (int64_t r = 0; r < rank; ++r)
     for (int64_t c = 0; c < columns; ++c) grad[(column + c) * rank + r] = scratch[r * kStrip + c];

@@ -7,6 +7,7 @@
 #endif
 
 #include "call.hpp"
+#include "checked.hpp"
 #include "gemm.hpp"
 
 namespace jitmoe {
@@ -122,11 +123,13 @@ struct ThreadScratch {
   float* weights;
   float* strips;
   bf16* rows;
+  float* lora;
   void* block;
   explicit ThreadScratch(const Call& call)
       : weights(part(call.thread_weights, call.weights_stride)),
         strips(part(call.thread_strips, call.strips_stride)),
         rows(part(call.thread_rows, call.rows_stride)),
+        lora(part(call.thread_lora, call.lora_stride)),
         block(part(call.thread_block, call.block_stride)) {}
   mutable double seconds[static_cast<int>(Step::count)] = {};
   float* strip(int64_t index, int64_t rows) const { return strips + index * rows * kStrip; }
@@ -143,10 +146,10 @@ template <Shape S>
 class Lap {
  public:
   Lap(const ThreadScratch& scratch, Step step) : seconds_(scratch.seconds[static_cast<int>(step)]) {
-    if constexpr (S.timed) start_ = omp_get_wtime();
+    if constexpr (S.watch == Watch::time) start_ = omp_get_wtime();
   }
   ~Lap() {
-    if constexpr (S.timed) seconds_ += omp_get_wtime() - start_;
+    if constexpr (S.watch == Watch::time) seconds_ += omp_get_wtime() - start_;
   }
   Lap(const Lap&) = delete;
   Lap& operator=(const Lap&) = delete;
@@ -158,15 +161,11 @@ class Lap {
 
 template <Shape S>
 void report_laps(const Call& call, const ThreadScratch& scratch) {
-  if constexpr (S.timed) {
+  if constexpr (S.watch == Watch::time) {
 #pragma omp critical
     for (int step = 0; step < static_cast<int>(Step::count); ++step)
       call.step_seconds[step] += scratch.seconds[step];
   }
-}
-
-inline void clear(float* strip, int64_t rows) {
-  for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = 0.0f;
 }
 
 // Token sums lie strip by strip: rows of the full width H would, at a power of two, all fall into the
@@ -174,11 +173,18 @@ inline void clear(float* strip, int64_t rows) {
 inline float* sums_of(const Call& call, int64_t strip) { return call.sums + strip * call.tokens * kStrip; }
 
 template <Shape S>
+void announce_sums(const Call& call, Access access, int64_t strip) {
+  announce<S>(call, access, &Call::sums, sums_of(call, strip), call.tokens * kStrip * sizeof(float));
+}
+
+template <Shape S>
 void clear_sums(const Call& call, const ThreadScratch& scratch) {
   const Lap<S> lap(scratch, Step::sums);
 #pragma omp for schedule(static)
-  for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip)
-    clear(sums_of(call, strip), call.tokens);
+  for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip) {
+    announce_sums<S>(call, Access::write, strip);
+    for (int64_t i = 0; i < call.tokens * kStrip; ++i) sums_of(call, strip)[i] = 0.0f;
+  }
 }
 
 // The one rounding of the sums into the result.
@@ -189,6 +195,7 @@ void write_result(const Call& call, const ThreadScratch& scratch) {
   for (int64_t token = 0; token < call.tokens; ++token)
     for (int64_t column = 0; column < S.hidden; column += kStrip) {
       const float* sums = sums_of(call, column / kStrip) + token * kStrip;
+      announce<S>(call, Access::read, &Call::sums, sums, kStrip * sizeof(float));
       const int64_t columns = smaller(kStrip, S.hidden - column);
       const int64_t at = token * S.hidden + column;
       for (int64_t c = 0; c < columns; ++c) {
@@ -206,9 +213,11 @@ void run(const Call& call, F&& run_group) {
     [[maybe_unused]] const FloatMode mode;
     [[maybe_unused]] const ThreadState<Gemm> state;
     const ThreadScratch scratch(call);
+    enter_call<S>(call);
     if (call.sums) clear_sums<S>(call, scratch);
     for (int64_t g = 0; g < call.groups; ++g) run_group(call, group_of(call, g, S.m_step), scratch);
     if (call.sums) write_result<S>(call, scratch);
+    leave_call<S>(call);
     report_laps<S>(call, scratch);
   }
 }

@@ -6,6 +6,9 @@ namespace jitmoe {
 
 enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
 
+// What an instance records about its calls, besides computing them. `nothing` costs nothing.
+enum class Watch { nothing, time, memory, values };
+
 struct Shape {
   Isa isa;
   int64_t hidden;        // H, width of a token row
@@ -13,7 +16,7 @@ struct Shape {
   int64_t padded_rank;   // LoRA rank rounded up to kKStep; 0 without LoRA
   int64_t m_step;        // rows of one register block
   bool lora_bf16;        // LoRA parameters are bfloat16 instead of float32
-  bool timed;            // measures the steps of a call, see Lap in parallel.hpp
+  Watch watch;           // time: see Lap in parallel.hpp; memory: see checked.hpp; values: see traced.hpp
 };
 
 inline constexpr int64_t kKStep = 32;  // columns of a packed block along the contraction

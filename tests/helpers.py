@@ -12,6 +12,7 @@ from yardstick import CASES, Case, Inputs, Results
 
 from jitmoe import MoEConfig, MoELayer, build, cpu
 from jitmoe.config import ISAS
+from jitmoe.plan import M_STEPS, Groups, Shape, plan_groups
 
 EMULATED = ("amx",)
 """Instruction sets that the tests run in an emulator of their own, not here."""
@@ -31,6 +32,24 @@ def case_named(name: str) -> Case:
 
 def usable_isas() -> list[str]:
     return [found.isa for found in cpu.capabilities() if found.usable and found.isa in NATIVE]
+
+
+def any_shape(isa: str | None = None) -> Shape:
+    """A small kernel of ``isa``, or of the best set that this machine executes."""
+    isa = isa or usable_isas()[0]
+    return Shape(isa, 64, 96, 32, M_STEPS[isa][-1], lora_bf16=False)
+
+
+def cut_groups(monkeypatch: pytest.MonkeyPatch, group_bytes: int) -> list[Groups]:
+    """Calls cut their rows into groups of ``group_bytes`` from now on; they add them to the list, one a pass."""
+    found: list[Groups] = []
+
+    def cut(*arguments: Any) -> Groups:
+        found.append(plan_groups(*arguments, group_bytes=group_bytes))
+        return found[-1]
+
+    monkeypatch.setattr("jitmoe.experts.plan_groups", cut)
+    return found
 
 
 def config_of(case: Case, isa: str, **options: Any) -> MoEConfig:

@@ -144,9 +144,9 @@ def test_no_grad_saves_nothing(layer: MoELayer, first: Inputs, monkeypatch: pyte
     expected = alone(layer, first)
     seen: list[set[str]] = []
 
-    def record(call: object, addresses: dict[str, int]) -> None:
+    def record(call: object, addresses: dict[str, int], run: object) -> None:
         seen.append(set(addresses))
-        forward(call, addresses)
+        forward(call, addresses, run)
 
     import jitmoe.experts as experts
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import struct
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from jitmoe import cli
 from jitmoe.bench import ceilings, measure, peers, phases, plot, report, sweep
 from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.data import batches, make_base
-from jitmoe.bench.measure import Measurement, Options
+from jitmoe.bench.measure import Measurement, Options, Outcome
+from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, predict, prediction_table, product_share
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
-from jitmoe.bench.workloads import FORWARD, TRAINING, WORKLOADS, Workload, work_of
+from jitmoe.bench.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
 from jitmoe.errors import BenchError, ConfigError
 from jitmoe.kernels import STEPS
 from jitmoe.plan import Shape
@@ -152,6 +154,13 @@ class TestOutcome:
         rates = {"fma": 1e9, "bf16": 4e9, "read": 1e15}
         assert share(False) == pytest.approx(4 * share(True))
         assert share(False) == pytest.approx(work_of(TINY, False, 4).flop / 1e9)
+
+    @pytest.mark.parametrize(("isa", "peak"), [("amx", 8e9), (None, 8e9), ("avx512_bf16", 4e9)])
+    def test_tiles_are_the_ceiling_of_whoever_may_use_them(self, isa, peak):
+        rates = {"fma": 1e9, "bf16": 4e9, "tmul": 8e9, "read": 1e15}
+        contender = Contender("x", lambda *_: None, (), torch.bfloat16, 8, True, isa)
+        measured = Measurement(contender, False, seconds=[1.0], work=work_of(TINY, False, 4))
+        assert measured.roofline_share(rates) == pytest.approx(work_of(TINY, False, 4).flop / peak)
 
     def test_the_table(self, outcome):
         lines = report.outcome_table(outcome).splitlines()
@@ -339,3 +348,42 @@ def colors_in(path) -> int:
     assert min(struct.unpack(">II", header[16:24])) > 300
     pixels = pixels_of(path)
     return len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[-1])[::7].tolist()})
+
+
+class TestPredict:
+    """The model on paper: its terms, not its truth, which `jitmoe bench --predict` shows beside measurements."""
+
+    MACHINE = Machine("m", "avx512_bf16", 2, products=8e11, vectors=4e11, bandwidth=4e10, source="")
+
+    def test_never_below_the_roofline(self):
+        for workload in (*WORKLOADS.values(), W6):
+            for backward in (False, True):
+                seconds = predict(workload, self.MACHINE, backward).seconds
+                work = work_of(workload, False, workload.expected_active(), rank=0)
+                assert seconds > work.flop / self.MACHINE.products
+                assert seconds > 6.0 * workload.expected_active() * workload.hidden * workload.intermediate / 4e10
+
+    def test_few_rows_wait_for_memory_and_many_for_arithmetic(self):
+        bounds = {name: predict(WORKLOADS[name], self.MACHINE, False).bound for name in ("W3", "W2")}
+        assert bounds == {"W3": "memory", "W2": "arithmetic"}
+
+    def test_tiles_are_counted_as_the_emulator_counts_them(self):
+        full = product_share("amx", 96, backward=False)
+        assert product_share("amx", 4, backward=False) == pytest.approx(full / 4)
+        assert product_share("amx", 17, backward=False) == pytest.approx(full * 17 / 32)
+
+    def test_the_table_names_every_machine_and_assumption(self):
+        text = prediction_table([WORKLOADS["W2"], W6])
+        for machine in ABSENT:
+            assert text.count(machine.name) == 3 and machine.source in text
+        for item in fields(Assumptions):
+            assert f"{item.name} = " in text
+
+    def test_beside_a_measurement(self):
+        contender = Contender("jitmoe avx2", lambda *_: None, (), torch.bfloat16, 8, False, "avx2")
+        measured = [Measurement(contender, training, seconds=[1.0]) for training in (False, True)]
+        outcome = Outcome(WORKLOADS["W1"], measured, {"fma": [1e11], "read": [1e10]})
+        machine = Machine("here", "avx2", 2, 1e11, 1e11, 1e10, "")
+        forward, backward = (predict(WORKLOADS["W1"], machine, direction).seconds for direction in (False, True))
+        shares = [float(line.split()[-1]) for line in check_table([outcome], 2).splitlines()[1:]]
+        assert shares == pytest.approx([forward, forward + backward], abs=0.01)

@@ -40,7 +40,9 @@ def quick_kernels(monkeypatch):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["", "doctor", "build", "show", "cache", "cache path", "cache clear"])
+    @pytest.mark.parametrize(
+        "command", ["", "doctor", "build", "show", "replay", "check", "cache", "cache path", "cache clear"]
+    )
     def test_help_everywhere(self, run, command):
         status, out, _ = run(*command.split(), "--help")
         assert status == 0

@@ -184,6 +184,32 @@ class TestExtremes:
         assert torch.allclose(out[2:], silu_of_one, rtol=2**-7)
 
     @EVERY_ISA
+    @pytest.mark.parametrize("pattern", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000])
+    def test_a_nan_of_any_payload_stays_one(self, isa: str, pattern: int) -> None:
+        """Rounding to bfloat16 adds to the bits of a number; from these a carry would make 0, -0 or infinity."""
+        inputs = make_inputs(CASES[0])
+        layer = layer_of(inputs, isa)
+        nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
+        with torch.no_grad():
+            layer.down_lora_b[:, 5] = nan
+            layer.up_lora_b[:, 7] = nan
+        out = layer(inputs.x, inputs.topk_ids, inputs.weights)
+        assert out.isnan().all()
+
+    @EVERY_ISA
+    def test_the_mode_of_the_calling_thread_is_given_back(self, isa: str) -> None:
+        inputs = make_inputs(CASES[0])
+        layer = layer_of(inputs, isa)
+        for flushes in (True, False):
+            try:
+                torch.set_flush_denormal(flushes)
+                results_of_layer(layer, inputs)
+                halved = torch.full((1,), 2.0**-126) * torch.full((1,), 0.5)
+            finally:
+                torch.set_flush_denormal(False)
+            assert (halved.item() == 0) is flushes
+
+    @EVERY_ISA
     def test_denormal_inputs(self, isa: str) -> None:
         """They may be flushed, which changes a result by no more than the flushed products; nothing else happens."""
         inputs = make_inputs(CASES[0])

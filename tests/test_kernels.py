@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import usable_isas
+from helpers import any_shape
 
 from jitmoe import kernels, plan
 from jitmoe import memory as memory_module
@@ -28,7 +28,7 @@ def fields_of_header(struct: str) -> list[tuple[str, type]]:
             continue
         member = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+);", code)
         assert member, f"call.hpp: cannot read the member {code!r}"
-        pointer = member[2] or member[1] in ("GatherRows", "SumRows")
+        pointer = member[2] or member[1] in ("GatherRows", "SumRows", "ObserveValues")
         fields.append((member[3], ctypes.c_void_p if pointer else C_TYPES[member[1]]))
     return fields
 
@@ -58,6 +58,12 @@ def test_steps_mirror_the_header() -> None:
     assert [name.strip() for name in names.split(",")] == [*kernels.STEPS, "count"]
 
 
+def test_observed_tensors_mirror_the_header() -> None:
+    header = (template_dir() / "traced.hpp").read_text(encoding="utf-8")
+    names = re.search(r"enum class Observed \{(.*?)\}", header, re.DOTALL)[1]
+    assert [name.strip() for name in names.split(",")] == [*kernels.OBSERVED, "count"]
+
+
 def test_scratch_names_are_fields_and_buffers() -> None:
     """What the planner may place is exactly what the kernels can be told of."""
     shape, size = plan.Shape("ref", 8, 8, 32, 4, False), memory_module.CallSize(3, 6, 2, 3, 4, 1)
@@ -71,7 +77,7 @@ def test_scratch_names_are_fields_and_buffers() -> None:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return ensure(render(plan.Shape(usable_isas()[0], 64, 96, 32, 14, False)))
+    return ensure(render(any_shape()))
 
 
 @pytest.mark.parametrize("fault", ["abi", "size"])
@@ -87,5 +93,4 @@ def test_a_library_of_another_version_is_refused(library: Path, fault: str, monk
 
 def test_a_matching_library_is_loaded_once(library: Path) -> None:
     assert kernels.Kernels(library).path == library
-    shape = plan.Shape(usable_isas()[0], 64, 96, 32, 14, False)
-    assert kernels.load(shape) is kernels.load(shape)
+    assert kernels.load(any_shape()) is kernels.load(any_shape())

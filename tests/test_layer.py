@@ -104,7 +104,7 @@ class TestContract:
         config = replace(config_of(SMALL, ISA), lora_alpha=3.0, use_rslora=use_rslora)
         scale = 3.0 / (SMALL.rank**0.5 if use_rslora else SMALL.rank)
         assert config.lora_scale == scale
-        scaled = replace(inputs, case=replace(SMALL, scale=scale))
+        scaled = replace(inputs, case=replace(SMALL, scale=scale), scale=scale)
         layer = MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
         check(results_of_layer(layer, scaled), scaled)
 

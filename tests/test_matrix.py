@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import NATIVE, config_of, different, layer_of, usable_isas
+from helpers import NATIVE, config_of, cut_groups, different, layer_of, usable_isas
 from yardstick import CASES, SMALL_SIZE, Case, check, make_inputs, results_of_layer
 
 from jitmoe import build, plan
@@ -76,15 +76,7 @@ def test_cut_into_many_groups(case: Case, isa: str, recompute: bool, monkeypatch
     layer = layer_of(inputs, isa, m_step=m_step, recompute=recompute)
     whole = results_of_layer(layer, inputs)
 
-    groups = []
-    plan_groups = plan.plan_groups
-
-    def counted(*arguments: object) -> plan.Groups:
-        groups.append(plan_groups(*arguments))
-        return groups[-1]
-
-    monkeypatch.setattr(plan, "GROUP_BYTES", 1)
-    monkeypatch.setattr("jitmoe.experts.plan_groups", counted)
+    groups = cut_groups(monkeypatch, group_bytes=1)
     cut = results_of_layer(layer, inputs)
     assert len(groups) == 2, "forward and backward plan once each"
     for found in groups:

@@ -6,6 +6,9 @@ buffers that may share addresses really sharing them, and between canaries.
 
 import dataclasses
 import itertools
+import math
+import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,8 +20,22 @@ from hypothesis import strategies as st
 from yardstick import Inputs, Results, make_inputs, results_of_layer
 
 from jitmoe import MoEConfig, MoELayer, experts, memory, plan
+from jitmoe.budget import Held
+from jitmoe.config import ISAS
 from jitmoe.errors import PlanError
-from jitmoe.memory import ALIGNMENT, Buffer, CallSize, MemoryPlan, Placed, place, plan_backward, plan_forward, prove
+from jitmoe.memory import (
+    ALIGNMENT,
+    Buffer,
+    CallSize,
+    Placed,
+    ScratchPlan,
+    place,
+    plan_backward,
+    plan_forward,
+    prove,
+    thread_strides,
+)
+from jitmoe.render import template_dir
 from jitmoe.workspace import Arenas
 
 STEPS = 6
@@ -46,7 +63,7 @@ def lower_bound(buffers: list[Buffer]) -> int:
     return max((sum(b.nbytes for b in buffers if b.first <= step <= b.last) for step in range(STEPS)), default=0)
 
 
-def shadow(plan_: MemoryPlan, true_lifetimes: list[Buffer]) -> bool:
+def shadow(plan_: ScratchPlan, true_lifetimes: list[Buffer]) -> bool:
     """Play the steps with an owner for each cache line: whether each buffer owns all its lines all its life.
 
     This knows nothing of how ``prove`` compares intervals.
@@ -73,8 +90,30 @@ def test_placed_buffers_never_share_while_alive(buffers: list[Buffer]) -> None:
     assert shadow(placed, buffers)
     assert sorted(item.buffer.name for item in placed.placed) == sorted(b.name for b in buffers)
     assert all(item.offset % ALIGNMENT == 0 and item.end <= placed.nbytes for item in placed.placed)
-    # The worst of 5000 random graphs took 1.29 times the bound, the mean 1.013 (November 2026).
-    assert lower_bound(buffers) <= placed.nbytes <= 1.6 * lower_bound(buffers)
+    assert placed.nbytes >= lower_bound(buffers) == memory.lower_bound(buffers)
+
+
+def test_places_are_within_a_few_per_cent_of_the_lower_bound() -> None:
+    """Some graphs have no placement at the bound; of these 1000, four in a hundred or so are a per cent above it."""
+    generator, shares = random.Random(0), []
+    for _ in range(1000):
+        buffers = []
+        for index in range(generator.randint(1, 20)):
+            first, last = sorted(generator.choices(range(STEPS), k=2))
+            size = generator.choice([100, 2000, 20000])
+            buffers.append(Buffer(f"b{index}", (generator.randint(1, size),), "float32", first, last))
+        shares.append(place(buffers).nbytes / lower_bound(buffers))
+    shares.sort()
+    assert shares[0] >= 1
+    assert shares[989] <= 1.03, "99 of 100"
+    assert sum(shares) / len(shares) <= 1.005
+
+
+def test_only_scratch_enters_the_arena() -> None:
+    """mypy refuses it; where nobody ran mypy, the planner does."""
+    tensor = Held("gate_lora_a", (4, 8, 32), "float32", "parameter", 0, 3)
+    with pytest.raises(PlanError, match=r"only scratch.*gate_lora_a.*parameter"):
+        place([Buffer("b", (1,), "float32", 0, 0), tensor])  # type: ignore[list-item]
 
 
 @given(interval_graphs(), st.data())
@@ -87,7 +126,7 @@ def test_a_shortened_lifetime_is_caught(buffers: list[Buffer], data: st.DataObje
     shorter = [dataclasses.replace(b, last=b.last - 1) if b is victim else b for b in buffers]
     placed = place(shorter)
     truth = {b.name: b for b in buffers}
-    honest = MemoryPlan(tuple(Placed(truth[p.buffer.name], p.offset) for p in placed.placed), placed.nbytes)
+    honest = ScratchPlan(tuple(Placed(truth[p.buffer.name], p.offset) for p in placed.placed), placed.nbytes)
     if shadow(placed, buffers):
         prove(honest)
     else:
@@ -101,7 +140,7 @@ def test_a_shortened_lifetime_is_really_lost_in_this_example() -> None:
     placed = place([dataclasses.replace(early, last=1), late])
     assert placed.offsets() == {"early": 0, "late": 0}
     with pytest.raises(PlanError, match=r"early at 0\.\.256 \(steps 0-2\) and late at 0\.\.256 \(steps 2-3\)"):
-        prove(MemoryPlan((Placed(early, 0), Placed(late, 0)), 256))
+        prove(ScratchPlan((Placed(early, 0), Placed(late, 0)), 256))
 
 
 @given(interval_graphs(), st.data())
@@ -112,7 +151,7 @@ def test_a_moved_offset_is_caught(buffers: list[Buffer], data: st.DataObject) ->
         return
     victim = data.draw(st.sampled_from(alive))
     moved = Placed(victim.buffer, victim.offset + ALIGNMENT * data.draw(st.integers(-3, 3)))
-    changed = MemoryPlan(tuple(moved if p is victim else p for p in placed.placed), placed.nbytes)
+    changed = ScratchPlan(tuple(moved if p is victim else p for p in placed.placed), placed.nbytes)
     inside = moved.offset >= 0 and moved.end <= placed.nbytes
     if inside and shadow(changed, buffers):
         prove(changed)
@@ -123,14 +162,38 @@ def test_a_moved_offset_is_caught(buffers: list[Buffer], data: st.DataObject) ->
 
 def test_a_misaligned_offset_is_caught() -> None:
     with pytest.raises(PlanError, match="b at 4"):
-        prove(MemoryPlan((Placed(Buffer("b", (1,), "float32", 0, 0), 4),), 1024))
+        prove(ScratchPlan((Placed(Buffer("b", (1,), "float32", 0, 0), 4),), 1024))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rank", [0, 3, 300])
+def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> None:
+    """The stride that the kernels are told is what the plan has room for; two threads never meet in a line."""
+    for hidden, intermediate, segment_rows in [(1, 1, 1), (33, 65, 7), (300, 290, 48)]:
+        shape = plan.Shape(isa, hidden, intermediate, plan.round_up(rank, plan.K_STEP), plan.M_STEPS[isa][0], False)
+        size = CallSize(9, rows=60, blocks=60, segment_rows=segment_rows, rank=rank, threads=3)
+        backward = plan_backward(shape, size, x_grad=True, recompute=False)
+        for strips, found in ((2, plan_forward(shape, size)), (4, backward)):
+            of_threads = {p.buffer.name: p.buffer for p in found.placed if p.buffer.name.startswith("thread_")}
+            strides = thread_strides(shape, size, strips)
+            assert len(of_threads) >= 3
+            for name, buffer in of_threads.items():
+                stride = strides[name.replace("thread_", "") + "_stride"]
+                each = math.prod(buffer.shape[1:]) * memory.ITEM_BYTES[buffer.dtype]
+                assert (buffer.shape[0], stride, stride % ALIGNMENT) == (size.threads, each, 0), name
+
+
+def test_the_chunk_mirrors_the_header() -> None:
+    """Shapes of the tests are too small to fill a chunk, so a shorter buffer would not be missed."""
+    header = (template_dir() / "gemm.hpp").read_text(encoding="utf-8")
+    assert re.findall(r"kChunk = (\d+);", header) == [str(memory.CHUNK)]
 
 
 W6 = plan.Shape("avx512", 7168, 2048, 32, 14, False)
 W6_TOKENS, W6_TOP_K, W6_EXPERTS = 25600, 8, 256
 
 
-def plans_of(shape: plan.Shape, tokens: int, top_k: int, experts_: int, threads: int = 64) -> Iterator[MemoryPlan]:
+def plans_of(shape: plan.Shape, tokens: int, top_k: int, experts_: int, threads: int = 64) -> Iterator[ScratchPlan]:
     """Forward, and backward with and without recomputing, for evenly routed tokens."""
     offsets = np.arange(experts_ + 1, dtype=np.int64) * (tokens * top_k // experts_)
     for training in (False, True):
@@ -199,6 +262,8 @@ class TestArenas:
 
     def test_two_at_once_get_two(self) -> None:
         arenas = Arenas()
+        with arenas.lease(1000):
+            pass
         with arenas.lease(1000) as first, arenas.lease(1000) as second:
             assert abs(first - second) >= 1000
 
@@ -251,13 +316,13 @@ class PoisonedArenas:
 @pytest.fixture
 def run_with(
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Callable[[list[Buffer]], MemoryPlan], MoELayer, Inputs], Results]:
+) -> Callable[[Callable[[list[Buffer]], ScratchPlan], MoELayer, Inputs], Results]:
     """Run a layer with ``place`` replaced, in a poisoned arena; what the replacement lets overlap is not proved."""
 
-    def run(placement: Callable[[list[Buffer]], MemoryPlan], layer: MoELayer, inputs: Inputs) -> Results:
+    def run(placement: Callable[[list[Buffer]], ScratchPlan], layer: MoELayer, inputs: Inputs) -> Results:
         arenas = PoisonedArenas([])
 
-        def placed(buffers: list[Buffer]) -> MemoryPlan:
+        def placed(buffers: list[Buffer], gap: int) -> ScratchPlan:
             found = placement(buffers)
             arenas.buffers = list(found.placed)
             return found
@@ -273,19 +338,19 @@ def run_with(
     return run
 
 
-def apart(buffers: list[Buffer]) -> MemoryPlan:
+def apart(buffers: list[Buffer]) -> ScratchPlan:
     """Every buffer alone, with a page between it and the next."""
     offset, placed = 4096, []
     for buffer in buffers:
         placed.append(Placed(buffer, offset))
         offset += buffer.nbytes + 4096
-    return MemoryPlan(tuple(placed), offset)
+    return ScratchPlan(tuple(placed), offset)
 
 
-def sharing(first: str, second: str) -> Callable[[list[Buffer]], MemoryPlan]:
+def sharing(first: str, second: str) -> Callable[[list[Buffer]], ScratchPlan]:
     """As :func:`apart`, but the two named buffers begin at the same byte, where a plan has both."""
 
-    def placement(buffers: list[Buffer]) -> MemoryPlan:
+    def placement(buffers: list[Buffer]) -> ScratchPlan:
         found = apart(buffers)
         offsets = found.offsets()
         if first not in offsets or second not in offsets:
@@ -293,7 +358,7 @@ def sharing(first: str, second: str) -> Callable[[list[Buffer]], MemoryPlan]:
         sizes = {b.name: b.nbytes for b in buffers}
         room = found.nbytes + 4096
         shared = tuple(Placed(p.buffer, room) if p.buffer.name in (first, second) else p for p in found.placed)
-        return MemoryPlan(shared, room + max(sizes[first], sizes[second]) + 4096)
+        return ScratchPlan(shared, room + max(sizes[first], sizes[second]) + 4096)
 
     return placement
 
@@ -302,7 +367,7 @@ def pairs(layer: MoELayer, inputs: Inputs, meeting: bool) -> set[tuple[str, str]
     """Pairs of buffers of one pass whose lifetimes (do not) meet, and in no pass do otherwise."""
     found: dict[tuple[str, str], bool] = {}
 
-    def record(buffers: list[Buffer]) -> MemoryPlan:
+    def record(buffers: list[Buffer], gap: int) -> ScratchPlan:
         for one, other in itertools.combinations(sorted(buffers, key=lambda b: b.name), 2):
             key = (one.name, other.name)
             found[key] = found.get(key, False) or one.meets(other)
@@ -342,12 +407,14 @@ def test_buffers_that_may_share_can_share(run_with: Callable[..., Results], isa:
 
 
 def test_buffers_that_may_not_share_are_told_apart_by_that_test(run_with: Callable[..., Results]) -> None:
-    """Seeded fault: a pair that is alive together gets one address, and the results change."""
+    """Seeded fault: a pair that is alive together gets one address, and the results change.
+
+    Not those of every pair: what is lost may be written again before it is read. test_checked.py finds every pair.
+    """
     inputs = make_inputs(case_named("ragged_31"))
     layer = layer_of(inputs, ISA)
     expected = results_of_layer(layer, inputs)
     forbidden = pairs(layer, inputs, meeting=True)
-    caught = [pair for pair in sorted(forbidden) if different(run_with(sharing(*pair), layer, inputs), expected)]
     for pair in [("act_panel", "x_panel"), ("gate_panel", "up_panel"), ("gate_low", "up_low"), ("act_panel", "sums")]:
-        assert pair in caught
-    assert len(caught) >= 0.8 * len(forbidden), f"not caught: {sorted(forbidden - set(caught))}"
+        assert pair in forbidden
+        assert different(run_with(sharing(*pair), layer, inputs), expected), pair

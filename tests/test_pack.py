@@ -6,21 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import case_named, config_of, layer_of, run_python, same_bits, usable_isas
+from helpers import any_shape, case_named, config_of, layer_of, run_python, same_bits, usable_isas
 from safetensors.torch import save_file
 from yardstick import Inputs, make_inputs
 
 from jitmoe import MoELayer, kernels, safetensors_source
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
 from jitmoe.pack import Seal, empty_packed, pack_experts, unpack_experts
-from jitmoe.plan import Shape, packed_elements
+from jitmoe.plan import packed_elements
 
 ISA = usable_isas()[0]
 BASES = ("gate_proj", "up_proj", "down_proj")
 
 
 def any_kernels() -> kernels.Kernels:
-    return kernels.load(Shape(ISA, 64, 96, 32, 14, False))
+    return kernels.load(any_shape())
 
 
 def random_bits(experts: int, out: int, in_: int, seed: int = 0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_every_instruction_set_packs_alike() -> None:
     results = []
     for isa in usable_isas():
         packed = empty_packed(2, 33, 47)
-        pack_experts(kernels.load(Shape(isa, 64, 96, 32, {"avx2": 6}.get(isa, 14), False)), "w", source, packed, 33, 47)
+        pack_experts(kernels.load(any_shape(isa)), "w", source, packed, 33, 47)
         results.append(packed)
     assert all(same_bits(results[0], packed) for packed in results[1:])
 

@@ -71,7 +71,7 @@ class TestRegisterBlocks:
 
     def test_few_rows_take_the_smallest_many_the_largest(self, isa: str) -> None:
         kernels = plan.plan_kernels(config_with(), isa)
-        assert kernels.select(rows=4, active_experts=4) is kernels.shapes[0]
+        assert kernels.select(rows=4 * plan.FEW_ROWS, active_experts=4) is kernels.shapes[0]
         assert kernels.select(rows=4000, active_experts=4) is kernels.shapes[-1]
 
     def test_a_batch_invariant_layer_has_one_form_for_every_row_count(self, isa: str) -> None:
@@ -132,3 +132,49 @@ def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int
     assert groups.rows == max((size for size, _ in sizes), default=0)
     assert groups.blocks == max((blocks for _, blocks in sizes), default=0)
     assert groups.segment_rows == max((int(count) for count in groups.segments[:, 2]), default=0)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.sampled_from([1, 3, 14]), st.integers(4, 40))
+def test_no_routing_exceeds_the_worst_extents(counts: list[int], m_step: int, blocks: int) -> None:
+    """Whatever the routing: neither those that reach the extents (next test) nor any other is above them."""
+    row_bytes = plan.GROUP_BYTES // (blocks * m_step)
+    limit = plan.group_limit(m_step, row_bytes)
+    active = np.flatnonzero(counts)
+    offsets = np.cumsum([0, *(counts[expert] for expert in active)])
+    groups = plan.plan_groups(active, offsets, m_step, row_bytes)
+    for range_ in ((active.size, active.size), (min(active.size, 1), min(len(counts), sum(counts)))):
+        worst = plan.worst_extents(sum(counts), range_, m_step, limit)
+        assert groups.rows <= worst.rows and groups.blocks <= worst.blocks and groups.segment_rows <= worst.segment_rows
+
+
+@given(st.integers(1, 400), st.integers(1, 30), st.sampled_from([1, 3, 14]), st.integers(4, 40))
+def test_the_worst_extents_are_reached(rows: int, experts: int, m_step: int, blocks: int) -> None:
+    row_bytes = plan.GROUP_BYTES // (blocks * m_step)
+    limit = plan.group_limit(m_step, row_bytes)
+    most = min(rows, experts)
+    worst = plan.worst_extents(rows, (1, most), m_step, limit)
+
+    def extents(counts: list[int]) -> plan.Groups:
+        return plan.plan_groups(np.arange(len(counts)), np.cumsum([0, *counts]), m_step, row_bytes)
+
+    heavy, spread = extents([rows]), extents([1] * (most - 1) + [rows - most + 1])
+    if rows <= limit:
+        assert heavy.segment_rows == worst.segment_rows == worst.rows == heavy.rows
+        assert spread.blocks == worst.blocks or most + (rows - most) // m_step > limit // m_step
+    elif experts > 1:
+        full = extents([limit, rows - limit])
+        assert (full.rows, full.blocks, full.segment_rows) == (worst.rows, worst.blocks, worst.segment_rows)
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(ISAS), st.booleans(), st.booleans())
+def test_kernels_that_a_routing_can_reach(rows: int, experts: int, isa: str, skip: bool, invariant: bool) -> None:
+    config = MoEConfig(experts, 64, 96, 1, allow_skip=skip, batch_invariant=invariant)
+    kernels = plan.plan_kernels(config, isa)
+    reached: dict[plan.Shape, tuple[int, int]] = {}
+    for active in range(1, min(rows, experts) + 1):
+        shape = kernels.select(rows, active)
+        reached[shape] = (reached.get(shape, (active, active))[0], active)
+    if skip:
+        reached = dict.fromkeys((kernels.select(n, 1) for n in range(1, rows + 1)), (1, min(rows, experts)))
+    assert kernels.reachable(rows) == reached
+    assert list(kernels.reachable(0).values()) == [(0, 0)]

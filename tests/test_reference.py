@@ -107,6 +107,23 @@ def test_the_oracle_is_the_formula_of_the_contract() -> None:
     torch.testing.assert_close(results_of_reference(inputs, torch.float64)["out"], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["medium", "idle_experts", "skipped_slots", "no_lora"])
+def test_results_expert_by_expert_are_those_of_autograd(name: str, dtype: torch.dtype) -> None:
+    """The same bits: what the yardstick calls plain torch is plain torch."""
+    inputs = make_inputs(next(case for case in CASES if case.name == name))
+    x, weights = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (inputs.x, inputs.weights))
+    lora = inputs.lora and LoraTensors(*(tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs.lora))
+    base = (tensor.to(dtype) for tensor in (inputs.gate_proj, inputs.up_proj, inputs.down_proj))
+    out = moe_reference(x, inputs.topk_ids, weights, *base, lora, inputs.scale)
+    out.backward(inputs.dout.to(dtype))
+    grads = {name: tensor.grad for name, tensor in (lora._asdict() if lora else {}).items()}
+    expected = {"out": out.detach(), "x": x.grad, "weights": weights.grad, **grads}
+    results = results_of_reference(inputs, dtype)
+    assert results.keys() == expected.keys()
+    assert [name for name in results if not torch.equal(results[name], expected[name])] == []
+
+
 def test_no_token_gives_an_empty_result_with_a_backward() -> None:
     results = results_of_reference(make_inputs(replace(MEDIUM, tokens=0)), torch.float64)
     assert results["out"].shape == (0, MEDIUM.hidden)

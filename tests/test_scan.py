@@ -1,5 +1,6 @@
 """The census of a matrix, in three formats, compiled and interpreted."""
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 
@@ -47,6 +48,7 @@ def model(values: np.ndarray) -> Scan:
     finite = exact[np.isfinite(exact)]
     bad = np.argwhere(~np.isfinite(exact))
     return Scan(
+        size=values.size,
         nan=int(np.isnan(exact).sum()),
         inf=int(np.isinf(exact).sum()),
         zero=int((exact == 0).sum()),
@@ -137,3 +139,35 @@ def test_other_dtypes_are_refused(dtype: type) -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(InputError, match="2-D"):
         scan(np.zeros(4, np.float32))
+
+
+def add_piece(record: np.ndarray, values: np.ndarray, row: int, column: int, strides: tuple[int, int]) -> None:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    call = ctypes.CFUNCTYPE(None, pointer, pointer, *[integer] * 6)(jitmoe.scan.observe_address())
+    rows, columns = values.shape
+    call(record.ctypes.data, values.ctypes.data, row, rows, column, columns, *strides)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_pieces_add_up_to_the_whole(seed: int, transposed: bool) -> None:
+    """In whatever order they come; with NaN around each piece that must not be read."""
+    generator = np.random.default_rng(seed)
+    matrix = generator.standard_normal((11, 13)).astype(np.float32)
+    matrix[generator.random(matrix.shape) < 0.04] = np.nan
+    matrix[8:, 10:] = np.nan
+    for value in (np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-42):
+        matrix[tuple(generator.integers(matrix.shape))] = value
+    pieces = [(row, column) for row in range(0, 11, 4) for column in range(0, 13, 5)]
+    record = jitmoe.scan.empty_records(1)
+    for row, column in generator.permutation(pieces).tolist():
+        piece = matrix[row : row + 4, column : column + 5]
+        around = np.full((8, 8), np.nan, np.float32)
+        inside = (around.T if transposed else around)[: piece.shape[0], : piece.shape[1]]
+        inside[:] = piece
+        add_piece(record, inside, row, column, (1, 8) if transposed else (8, 1))
+    assert_same(jitmoe.scan.read_record(record[0]), model(matrix))
+
+
+def test_a_record_of_nothing() -> None:
+    assert_same(jitmoe.scan.read_record(jitmoe.scan.empty_records(2)[1]), model(np.empty((0, 3), np.float32)))

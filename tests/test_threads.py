@@ -1,17 +1,19 @@
 """Same bits whatever the threads, the run, the process; and no hang, in a forked child above all."""
 
+import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, run_python, same_bits, usable_isas
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, plan, workspace
+from jitmoe import MoELayer, plan, tokens, workspace
 from jitmoe.reference import LoraTensors
 
 ISA = usable_isas()[0]
@@ -169,6 +171,44 @@ def test_a_thread_of_its_own_gives_the_same_bits() -> None:
     found: list[Results] = []
     in_threads(lambda _: found.append(results_with(2, layer, inputs)), 1)
     assert different(found[0], expected) == []
+
+
+class Meeting:
+    """A callback of the kernels that holds the first two threads until both are inside, and notes their scratch."""
+
+    def __init__(self, function: Any, scratch_argument: int) -> None:
+        self.function = function
+        self.scratch_argument = scratch_argument
+        self.scratch: dict[int, int] = {}
+        self.barrier = threading.Barrier(2)
+        self.c = type(function)(self.call)
+        self.address = ctypes.cast(self.c, ctypes.c_void_p).value
+
+    def call(self, *arguments: Any) -> None:
+        thread = threading.get_ident()
+        if thread not in self.scratch:
+            self.scratch[thread] = arguments[self.scratch_argument]
+            self.barrier.wait(60)
+        self.function(*arguments)
+
+
+INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+GATHER = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, INT, INT, INT, POINTER, INT)
+SUM = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, INT)
+
+
+def test_two_threads_at_work_have_scratch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is held with its rows, then with its strip at hand, until the other one is there too."""
+    inputs = make_inputs(CASES[0])
+    layer = layer_of(inputs, ISA)
+    expected = results_with(2, layer, inputs)
+    for name, kind, scratch in (("gather_rows_address", GATHER, 6), ("sum_rows_address", SUM, 0)):
+        meeting = Meeting(kind(getattr(tokens, name)()), scratch)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, name, lambda meeting=meeting: meeting.address)
+            found = results_with(2, layer, inputs)
+        assert len(meeting.scratch) == 2 and len(set(meeting.scratch.values())) == 2, name
+        assert different(found, expected) == []
 
 
 def in_forked_child(work: Callable[[], bool], seconds: int = 30) -> None:

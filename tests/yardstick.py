@@ -1,24 +1,27 @@
-"""The error rule: how wrong a layer may be, measured by how wrong plain torch is.
-
-A candidate's error against the float64 oracle is compared with the error that the plain bfloat16 torch layer makes on
-the same inputs. No tolerance is tuned by hand.
-"""
+"""The named edge shapes and their inputs, and the error rule of jitmoe.yardstick as an assertion."""
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jitmoe.reference import LoraTensors, moe_reference
+from jitmoe import yardstick
+from jitmoe.reference import LoraTensors
+from jitmoe.yardstick import SMALL_SIZE, Results, results_of_layer, results_of_reference
 
-RMS_LIMIT, MAX_LIMIT = 0.8, 2.5
-SMALL_RMS_LIMIT, SMALL_MAX_LIMIT = 1.5, 3.0
-SMALL_SIZE = 256
-"""Tensors with fewer elements are judged by the SMALL limits: there both errors are mostly luck."""
-MOST_DRAWS = 8
+__all__ = [
+    "CASES",
+    "SMALL_SIZE",
+    "Case",
+    "Inputs",
+    "Results",
+    "check",
+    "make_inputs",
+    "results_of_layer",
+    "results_of_reference",
+]
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,11 @@ CASES: tuple[Case, ...] = (
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What one call of the layer and its backward get. Every floating value is representable in bfloat16,
-    except the ``weights`` of a case that asks for float32: so the error measured is that of the arithmetic."""
+class Inputs(yardstick.Inputs):
+    """Inputs of ``case``. Every floating value is representable in bfloat16, except the ``weights`` of a case that
+    asks for float32: so the error measured is that of the arithmetic."""
 
     case: Case
-    x: Tensor
-    topk_ids: Tensor
-    weights: Tensor
-    gate_proj: Tensor
-    up_proj: Tensor
-    down_proj: Tensor
-    lora: LoraTensors | None
-    dout: Tensor
-
-
-Results = dict[str, Tensor]
-"""``out`` and the gradients ``x``, ``weights`` and, with LoRA, those of the six tensors under their names."""
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -121,6 +112,7 @@ def make_inputs(case: Case) -> Inputs:
         down_proj=normal(case.experts, hidden, intermediate, std=intermediate**-0.5),
         lora=lora,
         dout=normal(case.tokens, hidden).to(case.x_dtype),
+        scale=case.scale,
     )
 
 
@@ -139,138 +131,23 @@ def _route(case: Case, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def results_of_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
-    """Results of :func:`moe_reference` with every floating tensor cast to ``dtype``."""
-    base = [tensor.to(dtype) for tensor in (inputs.gate_proj, inputs.up_proj, inputs.down_proj)]
-    x, weights = _leaf(inputs.x, dtype), _leaf(inputs.weights, dtype)
-    lora = LoraTensors(*(_leaf(tensor, dtype) for tensor in inputs.lora)) if inputs.lora else None
-    out = moe_reference(x, inputs.topk_ids, weights, *base, lora, inputs.case.scale)
-    out.backward(inputs.dout.to(dtype))
-    return _results(out, x, weights, lora._asdict() if lora else {})
-
-
-def results_of_layer(layer: nn.Module, inputs: Inputs) -> Results:
-    """Results of a layer called as ``layer(x, topk_ids, weights)``, after writing the LoRA values into it."""
-    lora = {name: layer.get_parameter(name) for name in LoraTensors._fields} if inputs.lora else {}
-    with torch.no_grad():
-        for name, parameter in lora.items():
-            parameter.copy_(getattr(inputs.lora, name))
-            parameter.grad = None
-    x, weights = _leaf(inputs.x, inputs.x.dtype), _leaf(inputs.weights, inputs.weights.dtype)
-    out = layer(x, inputs.topk_ids, weights)
-    out.backward(inputs.dout)
-    return _results(out, x, weights, lora)
-
-
-def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype, copy=True).requires_grad_()
-
-
-def _results(out: Tensor, x: Tensor, weights: Tensor, lora: Mapping[str, Tensor]) -> Results:
-    results = {"out": out.detach()}
-    for name, leaf in {"x": x, "weights": weights, **lora}.items():
-        assert leaf.grad is not None, f"{name} has no gradient"
-        results[name] = leaf.grad
-    return results
-
-
 def check(candidate: Results, inputs: Inputs) -> None:
-    """Hold ``candidate`` to the error rule of this module.
+    """Hold ``candidate`` to the error rule.
 
     Raises:
         AssertionError: with a row per result and the line that reproduces the inputs.
     """
-    oracle = results_of_reference(inputs, torch.float64)
-    plain = _plain_errors(inputs)
-    assert candidate.keys() == oracle.keys(), f"results {sorted(candidate)}, expected {sorted(oracle)}"
-    rows = [_judge(name, candidate[name], oracle[name], plain[name], _touched(name, inputs)) for name in oracle]
-    if any(row.fault for row in rows):
-        table = "\n".join(str(row) for row in rows)
-        raise AssertionError(f"{inputs.case}: outside the error rule\n{table}\nrepro: make_inputs({inputs.case!r})")
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    rms: float
-    rms_limit: float
-    largest: float
-    max_limit: float
-    fault: str
-
-    def __str__(self) -> str:
-        ratios = f"rms {self.rms:7.3f} (<= {self.rms_limit})  max {self.largest:7.3f} (<= {self.max_limit})"
-        return f"  {self.name:12}  {ratios}  {self.fault}"
-
-
-def _judge(name: str, candidate: Tensor, oracle: Tensor, plain: "_PlainError", touched: Tensor) -> _Row:
-    assert candidate.shape == oracle.shape, f"{name}: shape {tuple(candidate.shape)}, expected {tuple(oracle.shape)}"
-    small = plain.size < SMALL_SIZE
-    rms_limit, max_limit = (SMALL_RMS_LIMIT, SMALL_MAX_LIMIT) if small else (RMS_LIMIT, MAX_LIMIT)
-    error = (candidate.double() - oracle)[touched]
-    own_rms, own_largest = _size_of(error)
-    rms, largest = _ratio(own_rms, plain.rms), _ratio(own_largest, plain.largest)
-    faults = []
-    if (oracle[touched] == 0).double().mean() > 0.5:
-        faults.append("proves nothing: the oracle is mostly zeros")
-    if candidate[~touched].count_nonzero():
-        faults.append("not exactly zero where no token reaches")
-    # Negated, so that a NaN is a fault.
-    if not (rms <= rms_limit and largest <= max_limit):
-        faults.append("TOO WRONG")
-    return _Row(name, rms, rms_limit, largest, max_limit, "; ".join(faults))
-
-
-def _ratio(error: float, plain: float) -> float:
-    return 0.0 if error == 0 else error / plain if plain else math.inf
-
-
-def _touched(name: str, inputs: Inputs) -> Tensor:
-    """Which leading rows of a result any slot reaches; the others must be exactly zero and are not averaged in."""
-    valid = (inputs.topk_ids >= 0) & (inputs.topk_ids < inputs.case.experts)
-    if name == "weights":
-        return valid
-    if name in ("out", "x"):
-        return valid.any(-1)
-    return torch.isin(torch.arange(inputs.case.experts), inputs.topk_ids)
-
-
-@dataclass(frozen=True)
-class _PlainError:
-    """Error of the plain bfloat16 layer in one result of ``size`` elements."""
-
-    size: int
-    rms: float
-    largest: float
-
-
-def _plain_errors(inputs: Inputs) -> dict[str, _PlainError]:
-    others = _errors_of_other_draws(inputs.case)
-    errors = {}
-    for name, own in _errors_of_draw(inputs).items():
-        (rms, largest), (usual_rms, usual_largest) = _size_of(own), _size_of(torch.cat([own, *others[name]]))
-        errors[name] = _PlainError(own.numel(), max(rms, usual_rms), max(largest, usual_largest))
-    return errors
+    oracle, plain = (results_of_reference(inputs, dtype) for dtype in (torch.float64, torch.bfloat16))
+    verdicts = yardstick.judge(candidate, inputs, oracle, plain, _errors_of_other_draws(inputs.case))
+    if any(verdict.fault or verdict.doubt for verdict in verdicts):
+        rows = "\n".join(map(str, verdicts))
+        raise AssertionError(f"{inputs.case}: outside the error rule\n{rows}\nrepro: make_inputs({inputs.case!r})")
 
 
 @functools.cache
 def _errors_of_other_draws(case: Case) -> dict[str, list[Tensor]]:
-    """Errors of the plain layer on other values, for cases so small that one draw may be exact by luck.
-
-    One rounding of a routing weight or of a low-rank value is shared by a whole row of a LoRA gradient, so the number
-    of slots says how many independent errors a result has, however many elements it has.
-    """
-    draws = min(MOST_DRAWS, math.ceil(SMALL_SIZE / (case.tokens * case.top_k)) - 1)
-    errors = [_errors_of_draw(make_inputs(replace(case, seed=case.seed + draw))) for draw in range(1, draws + 1)]
+    """Errors of the plain layer on other values, weights and routing included, where the case has few slots."""
+    draws = range(1, yardstick.draws_needed(case.tokens * case.top_k) + 1)
+    errors = [yardstick.errors_of_plain(make_inputs(replace(case, seed=case.seed + draw))) for draw in draws]
     names = ("out", "x", "weights", *(LoraTensors._fields if case.rank else ()))
     return {name: [error[name] for error in errors] for name in names}
-
-
-def _errors_of_draw(inputs: Inputs) -> Results:
-    oracle = results_of_reference(inputs, torch.float64)
-    plain = results_of_reference(inputs, torch.bfloat16)
-    return {name: (plain[name].double() - oracle[name])[_touched(name, inputs)].flatten() for name in oracle}
-
-
-def _size_of(error: Tensor) -> tuple[float, float]:
-    return error.square().mean().sqrt().item(), error.abs().max().item()

@@ -13,8 +13,8 @@ STEPS = 4_000_000
 """Turns of an arithmetic loop; some 10 ms on a core of 2025."""
 
 Rates = dict[str, float]
-"""Operations or bytes a second: ``fma`` float32, ``bf16`` dot products, ``vnni`` int8, ``read`` of memory. What the
-CPU lacks is not in it."""
+"""Operations or bytes a second: ``fma`` float32, ``bf16`` dot products, ``tmul`` tile products of bfloat16, ``vnni``
+int8, ``read`` of memory. What the CPU lacks is not in it."""
 
 
 class Ceilings:
@@ -39,6 +39,8 @@ class Ceilings:
         self._loops = {"fma": self._function("peak_fma", 2)}
         if isa in ("amx", "avx512_bf16"):
             self._loops["bf16"] = self._function("peak_bf16", 2)
+        if isa == "amx":
+            self._loops["tmul"] = self._function("peak_tmul", 2)
         if isa not in ("avx2", "ref") and "avx512vnni" in cpu.detect().features:
             self._loops["vnni"] = self._function("peak_vnni", 2)
 

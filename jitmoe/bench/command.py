@@ -3,6 +3,7 @@
 import json
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.measure import Options, compare
 from jitmoe.bench.peers import choose_peers
 from jitmoe.bench.phases import measure_phases, phases_json, phases_table
+from jitmoe.bench.predict import check_table, prediction_table
 from jitmoe.bench.sweep import SWEPT, run_sweep, sweep_json, sweep_table
-from jitmoe.bench.workloads import Workload, find_workload
+from jitmoe.bench.workloads import W6, WORKLOADS, Workload, find_workload
 from jitmoe.errors import BenchError, ConfigError
 
 DEFAULT = ("W1", "W2", "W3")
@@ -48,6 +50,8 @@ def run(arguments: Namespace) -> int:
         result = _phases(workloads, options)
     elif arguments.sweep:
         result = _sweep(arguments, workloads, options, threads)
+    elif arguments.predict:
+        result = _predict(workloads, options, threads)
     else:
         result = _compare(arguments, workloads, options, threads)
     if arguments.json:
@@ -85,6 +89,13 @@ def _sweep(arguments: Namespace, workloads: list[Workload], options: Options, th
     return {"sweep": sweep_json(sweep)}
 
 
+def _predict(workloads: list[Workload], options: Options, threads: int) -> dict[str, Any]:
+    ceilings = Ceilings(threads)
+    outcomes = [compare(workload, replace(options, peers=()), ceilings) for workload in workloads]
+    print(f"\n{check_table(outcomes, threads)}\n\n{prediction_table([*WORKLOADS.values(), W6])}")
+    return report.as_json(outcomes, machine.peak_bytes())
+
+
 def _workloads(arguments: Namespace) -> list[Workload]:
     """The named ones, or one of the sizes given, or the default of the mode."""
     given = {field: value for option, field in SIZES.items() if (value := getattr(arguments, option)) is not None}
@@ -114,8 +125,8 @@ def _check_files(arguments: Namespace) -> None:
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")
     if arguments.plot:
-        if arguments.phases:
-            raise BenchError("--plot draws a roofline or a sweep; --phases has no picture")
+        if arguments.phases or arguments.predict:
+            raise BenchError("--plot draws a roofline or a sweep; --phases and --predict have no picture")
         plot.require_matplotlib()
 
 

@@ -74,8 +74,14 @@ class Measurement:
 
     def roofline_share(self, rates: Rates) -> float:
         """Least possible time over the median: 1 is at the roofline."""
-        peak = rates.get("bf16", rates["fma"]) if self.contender.bf16_products else rates["fma"]
-        return self.work.roofline_seconds(peak, rates["read"]) / self.median
+        return self.work.roofline_seconds(self.products_ceiling(rates), rates["read"]) / self.median
+
+    def products_ceiling(self, rates: Rates) -> float:
+        """Of the fastest products that the contender can use: a peer's are those of its library, tiles among them."""
+        if not self.contender.bf16_products:
+            return rates["fma"]
+        vectors = rates.get("bf16", rates["fma"])
+        return vectors if self.contender.isa == "avx512_bf16" else rates.get("tmul", vectors)
 
 
 @dataclass

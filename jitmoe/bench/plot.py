@@ -92,12 +92,16 @@ def _minor_tick(value: float, _: float) -> str:
 
 
 def _ridge(rates: dict[str, float]) -> float:
-    return max(rates["fma"], rates.get("bf16", 0.0)) / rates["read"]
+    return max(rates["fma"], rates.get("bf16", 0.0), rates.get("tmul", 0.0)) / rates["read"]
 
 
 def _draw_roof(axes: "Axes", rates: dict[str, float], left: float, right: float) -> None:
     bandwidth = rates["read"]
-    for name, label, style, below in (("fma", "float32 FMA", "--", -11), ("bf16", "bf16 dot products", "-", 3)):
+    for name, label, style, below in (
+        ("fma", "float32 FMA", "--", -11),
+        ("bf16", "bf16 dot products", "-", 3),
+        ("tmul", "bf16 tile products", "-", 3),
+    ):
         if name in rates:
             ridge = rates[name] / bandwidth
             axes.plot(

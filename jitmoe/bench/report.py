@@ -11,6 +11,7 @@ from jitmoe.plan import Shape
 CEILING_NAMES = {
     "fma": "float32 FMA",
     "bf16": "bf16 dot products",
+    "tmul": "bf16 tile products",
     "vnni": "int8 VNNI",
     "read": "memory read",
 }

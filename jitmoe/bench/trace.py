@@ -108,6 +108,6 @@ def _with_clocks(trace: Trace, run: Callable[[dict[str, Any]], None]) -> Callabl
 def _watched_load(trace: Trace, load: Callable[[Shape], Kernels]) -> Callable[[Shape], _WatchedKernels]:
     def call(shape: Shape) -> _WatchedKernels:
         trace.shapes.append(shape)
-        return _WatchedKernels(trace, load(replace(shape, timed=trace.timed)))
+        return _WatchedKernels(trace, load(replace(shape, watch="time" if trace.timed else "nothing")))
 
     return call

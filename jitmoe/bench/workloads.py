@@ -80,6 +80,10 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 Qwen3-30B-A3B layer, W5 sixteen experts of DeepSeek-V3."""
 
 
+W6 = Workload("W6", experts=256, hidden=7168, intermediate=2048, top_k=8, rank=16, tokens=25600)
+"""A whole layer of DeepSeek-V3 on a long batch: planned and predicted, too large to measure here."""
+
+
 def find_workload(name: str) -> Workload:
     """The workload of that name.
 

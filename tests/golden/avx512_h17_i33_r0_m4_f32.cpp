@@ -8,7 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 0,
     .m_step = 4,
     .lora_bf16 = false,
-    .timed = false,
+    .watch = jitmoe::Watch::nothing,
 };
 
 extern "C" {

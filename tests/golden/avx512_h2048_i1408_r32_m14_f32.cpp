@@ -8,7 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 32,
     .m_step = 14,
     .lora_bf16 = false,
-    .timed = false,
+    .watch = jitmoe::Watch::nothing,
 };
 
 extern "C" {

@@ -8,7 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 64,
     .m_step = 4,
     .lora_bf16 = true,
-    .timed = false,
+    .watch = jitmoe::Watch::nothing,
 };
 
 extern "C" {

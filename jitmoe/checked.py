@@ -1,0 +1,89 @@
+"""Checked calls: what a kernel told of its scratch, held against the plan. See templates/checked.hpp."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from jitmoe.errors import PlanError
+from jitmoe.kernels import SCRATCH
+from jitmoe.memory import ALIGNMENT, Placed, ScratchPlan
+from jitmoe.plan import Shape
+
+LIFE = np.dtype([(name, np.int64) for name in ("offset", "nbytes", "first", "last", "alive")])
+"""Mirror of ``Life`` in checked.hpp."""
+
+CHECKS = np.dtype(
+    [(name, np.int64) for name in ("arena", "owners", "lives", "step", "entered")]
+    + [(f"fault{part}", np.int64) for part in ("", "_entered", "_step", "_buffer", "_offset", "_owner")]
+)
+"""Mirror of ``Checks`` in checked.hpp."""
+
+FAULTS = {
+    "outside_life": "is used outside its life",
+    "outside_buffer": "is used at byte {offset}, outside its bytes",
+    "foreign_read": "is read at byte {offset}, which {owner} wrote last",
+    "foreign_write": "is written at byte {offset}, which {owner} still holds",
+    "canary": "has a neighbour that was written over: the canary at byte {offset} is gone",
+}
+"""Names and sentences of the faults, in the order of ``Fault`` in checked.hpp."""
+
+
+@contextmanager
+def checking(shape: Shape, plan: ScratchPlan, arena: int, steps: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Fields of ``Call`` with which a checked instance is held to ``plan``; none for other instances.
+
+    Args:
+        shape: the instance; checked where it watches "memory".
+        plan: scratch of the call, placed with room for canaries.
+        arena: address of the scratch.
+        steps: names of the steps of the pass.
+
+    Raises:
+        PlanError: at the end of the block, where a step used scratch otherwise than planned: names the buffer, the
+            step, the bytes and whose they are.
+    """
+    if shape.watch != "memory":
+        yield {}
+        return
+    lives = _lives(plan)
+    owners = np.zeros(plan.nbytes // ALIGNMENT, np.uint32)
+    checks = np.zeros((), CHECKS)
+    checks["arena"], checks["owners"], checks["lives"] = arena, owners.ctypes.data, lives.ctypes.data
+    yield {"checks": checks.ctypes.data}
+    if checks["fault"]:
+        raise PlanError(_describe({name: int(checks[name]) for name in CHECKS.names or ()}, plan, steps))
+
+
+def _lives(plan: ScratchPlan) -> npt.NDArray[np.void]:
+    lives = np.zeros(len(SCRATCH), LIFE)
+    for item in plan.placed:
+        buffer = item.buffer
+        lives[SCRATCH.index(buffer.name)] = (item.offset, buffer.nbytes, buffer.first, buffer.last, 0)
+    return lives
+
+
+def _describe(checks: dict[str, int], plan: ScratchPlan, steps: Sequence[str]) -> str:
+    placed = {item.buffer.name: item for item in plan.placed}
+    name = SCRATCH[checks["fault_buffer"]]
+    fault = list(FAULTS.values())[checks["fault"] - 1].format(
+        offset=checks["fault_offset"], owner=_owner(checks["fault_owner"])
+    )
+    planned = _promise(placed[name], steps) if name in placed else "this call has no such buffer"
+    return (
+        f"step {steps[checks['fault_step']]} of {steps[0]}-{steps[-1]}: scratch buffer {name} {fault} ({planned}); "
+        f"please report this message: the plan or the kernel is wrong"
+    )
+
+
+def _promise(item: Placed, steps: Sequence[str]) -> str:
+    life = f"steps {steps[item.buffer.first]}-{steps[item.buffer.last]}"
+    return f"planned for {life}, bytes {item.offset}-{item.end} of the arena"
+
+
+def _owner(owner: int) -> str:
+    if not owner:
+        return "nobody"
+    part, index = divmod(owner - 1, len(SCRATCH))
+    return f"{SCRATCH[index]} of thread {part}" if SCRATCH[index].startswith("thread_") else SCRATCH[index]

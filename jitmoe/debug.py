@@ -1,0 +1,109 @@
+"""Where a wrong layer goes wrong: one expert at a time and one step at a time, against the oracle."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitmoe.layer import MoELayer
+from jitmoe.plan import plan_kernels
+from jitmoe.reference import ExpertSteps, LoraTensors, expert_reference
+from jitmoe.replay import compare
+from jitmoe.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like
+
+LAST_STEPS = (
+    "out", "weights", "down_lora_b", "down_lora_a",
+    "gate_lora_b", "up_lora_b", "gate_lora_a", "up_lora_a", "x",
+)  # fmt: skip
+"""Results in the order in which the kernels compute them, after gate and up: an error shows in those that follow."""
+
+
+LEAST_ROWS = 32
+"""Random tokens are added to those of an expert up to this many: from fewer no rms is to be had."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One expert on its own, or with ``expert`` None all of them in the call as it is."""
+
+    expert: int | None
+    verdicts: list[Verdict]
+
+    @property
+    def deviation(self) -> Verdict | None:
+        """The first step outside the error rule."""
+        return next((verdict for verdict in self.verdicts if verdict.fault), None)
+
+    def __str__(self) -> str:
+        who = "all experts together" if self.expert is None else f"expert {self.expert}"
+        if self.deviation is None:
+            return f"{who}: {len(self.verdicts)} steps ok"
+        steps = "\n".join(map(str, self.verdicts))
+        return f"{who}: the first step that deviates is {self.deviation.name}\n{steps}"
+
+
+def stages(layer: MoELayer, inputs: Inputs) -> Iterator[Stage]:
+    """Each chosen expert on its own, then the call as it is.
+
+    An expert computes its own tokens with routing weight 1, in the kernel that the call would take, and is judged by
+    the SMALL limits: with its few rows both our errors and torch's are luck, and gate and up, which both store after
+    rounding them, cannot be better than torch's. The last stage is judged as any call.
+    """
+    inputs = as_operands(inputs)
+    probe = _probe(layer, inputs)
+    for expert in torch.unique(inputs.topk_ids[inputs.kept()]).tolist():
+        yield Stage(expert, _expert_verdicts(probe, inputs, expert))
+    yield Stage(None, _in_order(compare(layer, inputs).verdicts))
+
+
+def _probe(layer: MoELayer, inputs: Inputs) -> MoELayer:
+    """``layer`` for calls with one expert per token: the same weights and the one kernel that ``inputs`` takes."""
+    kept = inputs.topk_ids[inputs.kept()]
+    shape = plan_kernels(layer.config, layer.isa).select(kept.numel(), torch.unique(kept).numel())
+    probe = copy.copy(layer)
+    probe.isa = shape.isa
+    probe.config = replace(layer.config, top_k=1, m_step=shape.m_step, recompute=False)
+    return probe
+
+
+def _expert_verdicts(probe: MoELayer, inputs: Inputs, expert: int) -> list[Verdict]:
+    tokens = (inputs.topk_ids == expert).any(-1)
+    filler = max(LEAST_ROWS - int(tokens.sum()), 0)
+    generator = torch.Generator().manual_seed(expert)
+    x, dout = (torch.cat([t[tokens], noise_like(t, filler, generator)]) for t in (inputs.x, inputs.dout))
+    ids = torch.full((len(x), 1), expert)
+    alone = replace(inputs, x=x, dout=dout, topk_ids=ids, weights=torch.ones(len(x), 1))
+    results = compare(probe, alone, coarse=True).verdicts  # writes the LoRA values, which the next line needs
+    return _before_activation(probe, alone, expert) + _in_order(results)
+
+
+def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verdict]:
+    """Verdicts on gate and up, from what the layer saved for backward."""
+    steps = {dtype: _reference_steps(alone, expert, dtype) for dtype in (torch.float64, torch.bfloat16)}
+    node: Any = probe(alone.x.clone().requires_grad_(), alone.topk_ids, alone.weights).grad_fn
+    while not node.name().startswith("MoEFunction"):  # reshapes come after it
+        node = node.next_functions[0][0]
+    every_row = torch.ones(len(alone.x), dtype=torch.bool)
+    verdicts = []
+    for name, saved in zip(("gate", "up"), node.saved_tensors[-2:], strict=True):
+        oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
+        ours = saved.transpose(0, 1).flatten(1)[:, : oracle.shape[1]]  # strip by strip, the last one padded
+        error = (plain.double() - oracle).flatten()
+        verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))
+    return verdicts
+
+
+def _reference_steps(alone: Inputs, expert: int, dtype: torch.dtype) -> ExpertSteps:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor[expert].to(dtype)
+
+    lora = LoraTensors(*map(cast, alone.lora)) if alone.lora else None
+    gate, up, down = map(cast, (alone.gate_proj, alone.up_proj, alone.down_proj))
+    return expert_reference(alone.x.to(dtype), gate, up, down, lora, alone.scale)
+
+
+def _in_order(verdicts: list[Verdict]) -> list[Verdict]:
+    return sorted(verdicts, key=lambda verdict: LAST_STEPS.index(verdict.name))

@@ -1,0 +1,274 @@
+"""A recorded call, computed again: float64 oracle, plain bfloat16 torch and our layer side by side."""
+
+import dataclasses
+import pickle
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitmoe import cpu
+from jitmoe.build import table
+from jitmoe.capture import FORMAT
+from jitmoe.config import MoEConfig
+from jitmoe.errors import CaptureError, JitmoeError
+from jitmoe.layer import MoELayer
+from jitmoe.reference import LoraTensors
+from jitmoe.yardstick import (
+    Inputs,
+    Results,
+    Verdict,
+    as_operands,
+    errors_of_redraws,
+    judge,
+    noise_like,
+    results_of_layer,
+    results_of_reference,
+)
+
+LOG_KEYS = {
+    "num_experts": "expert_num",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "top_k": "num_experts_per_tok",
+}
+"""Field of MoEConfig and key of the log's own format."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A call from a file.
+
+    Attributes:
+        config: of the layer that computes it; with as many experts as the file holds.
+        inputs: of the call.
+        isa: it was computed on; None where the file does not say.
+        results: what was computed then, as far as the file says.
+        notes: what was assumed or where the call comes from, for people.
+    """
+
+    config: MoEConfig
+    inputs: Inputs
+    isa: str | None
+    results: Results
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Difference of one result from the oracle, where both are finite.
+
+    Attributes:
+        nonfinite: values of the result that are NaN or infinite.
+        largest: largest difference.
+        mean: mean magnitude of the difference.
+        relative: ``mean`` over the mean magnitude of the oracle.
+    """
+
+    nonfinite: int
+    largest: float
+    mean: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Three computations of the same call: figures by result, and the verdicts on ours."""
+
+    oracle: Mapping[str, Figures]
+    plain: Mapping[str, Figures]
+    ours: Mapping[str, Figures]
+    verdicts: list[Verdict]
+
+    @property
+    def faults(self) -> list[str]:
+        """Names of the results outside the error rule."""
+        return [verdict.name for verdict in self.verdicts if verdict.fault]
+
+    def __str__(self) -> str:
+        head = ("result", "NaN/Inf oracle", "torch", "jitmoe", "max|d|", "mean|d|", "mean|d|/mean|ref|", "torch's")
+        rows: list[tuple[str, ...]] = [(*head, "rms / torch's", "max / torch's", "verdict")]
+        for verdict in self.verdicts:
+            oracle, plain, ours = (figures[verdict.name] for figures in (self.oracle, self.plain, self.ours))
+            rows.append(
+                (
+                    verdict.name,
+                    *(str(figures.nonfinite) for figures in (oracle, plain, ours)),
+                    *(f"{value:.3g}" for value in (ours.largest, ours.mean, ours.relative, plain.relative)),
+                    f"{verdict.rms:.3f} <= {verdict.rms_limit}",
+                    f"{verdict.largest:.3f} <= {verdict.max_limit}",
+                    verdict.fault or "ok" + (f" ({verdict.doubt})" if verdict.doubt else ""),
+                )
+            )
+        return table(rows)
+
+
+def compare(layer: MoELayer, inputs: Inputs, coarse: bool = False) -> Comparison:
+    """Hold ``layer``, with the LoRA values of ``inputs``, to the error rule; ``coarse`` is quicker and less strict."""
+    inputs = as_operands(inputs)
+    oracle = results_of_reference(inputs, torch.float64)
+    plain = results_of_reference(inputs, torch.bfloat16)
+    ours = results_of_layer(layer, inputs)
+
+    def figures(found: Results) -> dict[str, Figures]:
+        return {name: _figures(found[name], oracle[name]) for name in oracle}
+
+    others = {} if coarse else errors_of_redraws(inputs)
+    verdicts = judge(ours, inputs, oracle, plain, others, coarse)
+    return Comparison(figures(oracle), figures(plain), figures(ours), verdicts)
+
+
+def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
+    """Read a file of ``layer.capture()``, or of the log's own format.
+
+    Args:
+        path: the file; nothing in it is executed.
+        lora_alpha: for a file of the log's format that does not say.
+
+    Raises:
+        CaptureError: no such file, or none of these formats.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CaptureError(f"{path} cannot be read as a captured call: {str(error).split('. ')[0]}") from error
+    try:
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            return _read_capture(content)
+        if isinstance(content, dict) and "expert_num" in content:
+            return _read_log(content, lora_alpha)
+    except JitmoeError:
+        raise
+    except KeyError as error:
+        raise CaptureError(f"{path} is no whole recording: it lacks {error}") from error
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CaptureError(f"{path} is no recording: {error}") from error
+    raise CaptureError(f'{path} holds no call: neither "{FORMAT}" of layer.capture() nor the format of the log')
+
+
+def run(arguments: Namespace) -> int:
+    """What ``jitmoe replay`` does."""
+    return replay(read_recording(arguments.file, arguments.lora_alpha), arguments.isa)
+
+
+def replay(recording: Recording, isa: str | None = None) -> int:
+    """Compute ``recording`` again on ``isa``, or where it was recorded, and print; 1 if outside the error rule."""
+    isa, inputs = isa or _isa_of(recording), recording.inputs
+    # A register block that was forced belongs to its instruction set.
+    m_step = recording.config.m_step if isa == recording.isa else None
+    config = replace(recording.config, isa=isa, m_step=m_step)
+    layer = MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
+    tokens, slots = inputs.topk_ids.shape[0], int(inputs.kept().sum())
+    print(f"{tokens} tokens, {slots} slots, {layer}")
+    print("\n".join(recording.notes))
+    if recording.results:
+        print(_reproduction(layer, recording))
+    comparison = compare(layer, inputs)
+    print(comparison)
+    if comparison.faults:
+        print(f"outside the error rule: {', '.join(comparison.faults)}")
+    return 1 if comparison.faults else 0
+
+
+def _reproduction(layer: MoELayer, recording: Recording) -> str:
+    """Whether the layer computes the recorded bits."""
+    again = results_of_layer(layer, recording.inputs)
+    other = [name for name, result in recording.results.items() if not _same_bits(result, again[name])]
+    where = f"recorded on {recording.isa}, computed again on {layer.isa}"
+    return f"{where}: {'other bits in ' + ', '.join(other) if other else 'the same bits'}"
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    same_type = one.dtype == other.dtype and one.shape == other.shape
+    return same_type and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _isa_of(recording: Recording) -> str:
+    usable = {capability.isa for capability in cpu.capabilities() if capability.usable}
+    return recording.isa if recording.isa in usable else "auto"
+
+
+def _figures(result: Tensor, oracle: Tensor) -> Figures:
+    difference = (result.double() - oracle).abs()
+    finite = difference.isfinite()
+    if not finite.any():
+        return Figures(int((~result.isfinite()).sum()), 0.0, 0.0, 0.0)
+    mean, magnitude = difference[finite].mean().item(), oracle[finite].abs().mean().item()
+    return Figures(
+        nonfinite=int((~result.isfinite()).sum()),
+        largest=difference[finite].max().item(),
+        mean=mean,
+        relative=mean / magnitude if magnitude else 0.0,
+    )
+
+
+def _read_capture(content: Mapping[str, Any]) -> Recording:
+    config = _captured_config(content["config"])
+    experts: Tensor = content["experts"]
+    if not experts.numel():
+        raise CaptureError("no expert was chosen in the captured call: there is nothing to compute")
+    # An expert's place in the file; what no file holds was skipped in the call.
+    place = torch.full((config.num_experts,), -1)
+    place[experts] = torch.arange(experts.numel())
+    ids: Tensor = content["topk_ids"]
+    kept = (ids >= 0) & (ids < config.num_experts)
+    inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), config.lora_scale)
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    notes = [f"captured with {versions}", f"{experts.numel()} of {config.num_experts} experts were chosen"]
+    if "grad" not in content:
+        notes.append("no backward was captured: the gradient of out is random")
+    names = {"out": "out", "x_grad": "x", "weights_grad": "weights"}
+    names |= {f"{name}_grad": name for name in LoraTensors._fields}
+    results = {name: content[key] for key, name in names.items() if key in content}
+    config = replace(config, num_experts=experts.numel())
+    return Recording(config, inputs, content["isa"], results, tuple(notes))
+
+
+def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
+    known = {field.name for field in dataclasses.fields(MoEConfig)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise CaptureError(f"the file's config has fields that this jitmoe lacks: {', '.join(unknown)}")
+    return MoEConfig(**fields)
+
+
+def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording:
+    lora_a: Tensor | None = content.get("gate_lora_a")
+    rank = 0 if lora_a is None else lora_a.shape[1]
+    alpha = lora_alpha if lora_alpha is not None else content.get("lora_alpha")
+    notes = [f"layer_idx {content['layer_idx']}", "the gradient of out is random"]
+    if alpha is None and rank:
+        notes.append(f"the file does not say lora_alpha: {MoEConfig.lora_alpha} assumed, --lora-alpha gives another")
+    sizes: dict[str, Any] = {field: int(content[key]) for field, key in LOG_KEYS.items()}
+    config = MoEConfig(
+        **sizes,
+        lora_rank=rank,
+        lora_alpha=MoEConfig.lora_alpha if alpha is None else float(alpha),
+        lora_dtype="float32" if lora_a is None else str(lora_a.dtype).removeprefix("torch."),
+    )
+    renamed = {"x": content["input_data"], "topk_ids": content["expert_ids"]}
+    inputs = _inputs({**content, **renamed}, content["expert_ids"].long(), config.lora_scale)
+    return Recording(config, inputs, None, {}, tuple(notes))
+
+
+def _inputs(content: Mapping[str, Any], topk_ids: Tensor, scale: float) -> Inputs:
+    x = content["x"].detach().reshape(-1, content["x"].shape[-1])
+    grad = content.get("grad")
+    lora = None
+    if content.get("gate_lora_a") is not None:
+        lora = LoraTensors(*(content[name].detach() for name in LoraTensors._fields))
+    return Inputs(
+        x=x,
+        topk_ids=topk_ids.reshape(len(x), -1),
+        weights=content["weights"].detach().reshape(len(x), -1),
+        gate_proj=content["gate_proj"].detach(),
+        up_proj=content["up_proj"].detach(),
+        down_proj=content["down_proj"].detach(),
+        lora=lora,
+        dout=noise_like(x, len(x), torch.Generator().manual_seed(0)) if grad is None else grad.to(x.dtype),
+        scale=scale,
+    )

@@ -1,0 +1,182 @@
+"""What brought a value that is not finite: the steps of both passes, what each reads, and the first that is bad."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jitmoe.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record
+
+LARGEST = 3.3895313892515355e38
+"""Largest finite bfloat16: what is beyond it is infinite once it is rounded."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pass.
+
+    Attributes:
+        name: of the step and of its result.
+        products: products of earlier steps and parameters that the result is a sum of; none for what comes with the
+            call.
+        axis: which axis of the parameters [out, in] the columns of the result run along.
+    """
+
+    name: str
+    products: tuple[tuple[str, ...], ...] = ()
+    axis: int = 0
+
+
+def _forward_steps(again: str = "") -> list[Step]:
+    """Those that backward has once more, with ``again`` behind their names."""
+    x, act = f"x{again}", f"act{again}"
+    # x before the routing weights: a router makes them from it.
+    steps = [Step(x), Step("weights")]
+    for name in ("gate", "up"):
+        steps += [
+            Step(f"{name} u{again}", ((x, f"{name}_lora_a"),)),
+            Step(f"{name}{again}", ((x, f"{name}_proj"), (f"{name} u{again}", f"{name}_lora_b"))),
+        ]
+    return [
+        *steps,
+        Step(act, ((f"gate{again}", f"up{again}"),)),
+        Step(f"down u{again}", ((act, "down_lora_a"),)),
+    ]
+
+
+AGAIN = " again"
+"""Behind the names of forward's steps where backward has them: computed again, or read from what forward saved."""
+
+FORWARD: tuple[Step, ...] = (
+    *_forward_steps(),
+    Step("down", (("act", "down_proj"), ("down u", "down_lora_b"))),
+    Step("out", (("weights", "down"),)),
+)
+
+BACKWARD: tuple[Step, ...] = (
+    Step("dout"),
+    *_forward_steps(AGAIN),
+    Step("down du", (("dout", "down_lora_b"),), axis=1),
+    Step("dact", (("dout", "down_proj"), ("down du", "down_lora_a")), axis=1),
+    Step("dgate", (("weights", "dact", "up again", "gate again"),)),
+    Step("dup", (("weights", "dact", "gate again"),)),
+    Step("dweights", (("dact", "act again"),)),
+    Step("gate du", (("dgate", "gate_lora_b"),), axis=1),
+    Step("up du", (("dup", "up_lora_b"),), axis=1),
+    Step(
+        "dx",
+        (("dgate", "gate_proj"), ("dup", "up_proj"), ("gate du", "gate_lora_a"), ("up du", "up_lora_a")),
+        axis=1,
+    ),
+    Step("x.grad", (("dx",),)),
+    Step("gate_lora_a.grad", (("gate du", "x again"),)),
+    Step("gate_lora_b.grad", (("dgate", "gate u again"),)),
+    Step("up_lora_a.grad", (("up du", "x again"),)),
+    Step("up_lora_b.grad", (("dup", "up u again"),)),
+    Step("down_lora_a.grad", (("weights", "down du", "act again"),)),
+    Step("down_lora_b.grad", (("weights", "dout", "down u again"),)),
+)
+
+STEPS = {"forward": FORWARD, "backward": BACKWARD}
+"""Steps of a pass in the order of the computation: each stands behind all that it reads."""
+
+AXES = {"proj": ("out", "in"), "lora_a": ("rank", "in"), "lora_b": ("out", "rank")}
+"""Axes of a parameter of one expert, by the end of its name."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of one call.
+
+    Attributes:
+        pass_name: "forward" or "backward".
+        records: of the call, in the order of :data:`STEPS`.
+        bad_weights: by parameter and expert, [rows, columns] which values are not finite; absent where all are.
+        terms: most terms of any sum of the call, times the LoRA scale where that is more than 1.
+    """
+
+    pass_name: str
+    records: Sequence[Record]
+    bad_weights: Mapping[tuple[str, int], npt.NDArray[np.bool_]]
+    terms: float
+
+
+def find_first(evidence: Evidence) -> Finding | None:
+    """The first record of a step, in the order of the computation, that is not finite, and its cause.
+
+    All that it reads stands before it and is finite, unless it is a parameter.
+    """
+    record = next((r for r in evidence.records if r.kind == STEP and r.bad), None)
+    if record is None:
+        return None
+    assert record.first
+    step = next(step for step in STEPS[evidence.pass_name] if step.name == record.name)
+    cause, reason = _cause(step, record, evidence)
+    expert = "" if record.expert is None else f" of expert {record.expert}"
+    counts = f"{record.nan} NaN and {record.inf} Inf in {record.size} values"
+    return Finding(
+        layer=0,
+        call=0,
+        pass_name=evidence.pass_name,
+        step=step.name,
+        expert=record.expert,
+        token=record.first.token,
+        slot=record.first.slot,
+        row=record.first.row,
+        column=record.first.column,
+        cause=cause,
+        sentence=f"{step.name}{expert} has {counts}, the first at {record.first}: {reason}",
+    )
+
+
+def _cause(step: Step, record: Record, evidence: Evidence) -> tuple[str, str]:
+    """The word and the words behind it."""
+    if not step.products:
+        return "input", "it came with the call"
+    culprit = _bad_weight(step, record, evidence)
+    if culprit:
+        return "weights", f"{culprit} is not finite"
+    products = _products(step, record, evidence)
+    if any(factor is None for product in products for factor in product):
+        return "input", "it comes from what forward saved"
+    factors = [[factor for factor in product if factor] for product in products]
+    if sum(evidence.terms * math.prod(max(1.0, f.magnitude) for f in product) for product in factors) >= LARGEST:
+        largest = max((f for product in factors for f in product), key=lambda f: f.magnitude)
+        reach = f"{largest.name} reaches {largest.magnitude:.3g}"
+        return "overflow", f"all that it is computed from is finite, but so large that it can overflow ({reach})"
+    words = "all that it is computed from is finite and too small to overflow: the kernel brought it"
+    stale = {r.name: r.kind for r in evidence.records if r.kind in (SCRATCH, PADDING) and r.bad}
+    held = ", ".join(f"{kind} {name}" for name, kind in stale.items())
+    return "kernel", words + (f"; values that are not finite lay before the call in {held}" if held else "")
+
+
+def _bad_weight(step: Step, record: Record, evidence: Evidence) -> str | None:
+    """The value of a parameter that reaches the first bad column of ``record``; None if they are finite."""
+    if record.expert is None:
+        return None
+    assert record.first and record.first.column is not None
+    for name in (factor for product in step.products for factor in product):
+        bad = evidence.bad_weights.get((name, record.expert))
+        reaching = None if bad is None else np.flatnonzero(np.take(bad, record.first.column, axis=step.axis))
+        if reaching is not None and reaching.size:
+            place = (record.first.column, int(reaching[0]))
+            row, column = place if step.axis == 0 else place[::-1]
+            axes = ", ".join(AXES[name.split("_", 1)[1]])
+            return f"{name}[{record.expert}, {row}, {column}] (expert, {axes})"
+    return None
+
+
+def _products(step: Step, record: Record, evidence: Evidence) -> list[list[Record | None]]:
+    """Records of all that ``record`` is computed from, of its expert or of all; None for a step that was not seen.
+
+    Products with parameters that the layer does not have are left out.
+    """
+    by_name: dict[str, list[Record]] = {}
+    for r in evidence.records:
+        if r.kind in (STEP, PARAMETER) and (record.expert is None or r.expert in (None, record.expert)):
+            by_name.setdefault(r.name, []).append(r)
+    parameters = {r.name for r in evidence.records if r.kind == PARAMETER}
+    wanted = [p for p in step.products if all(f in parameters for f in p if f.split("_", 1)[-1] in AXES)]
+    return [[max(by_name[f], key=lambda r: r.magnitude) if f in by_name else None for f in p] for p in wanted]
