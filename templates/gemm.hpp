@@ -69,6 +69,10 @@ struct Weights {
   const bf16* next;
   int64_t stride;
   const bf16* block(int64_t index) const { return blocks + index * stride; }
+  // The same, counted on into the product after this one of `all` blocks; null where there is none.
+  const bf16* later(int64_t index, int64_t all) const {
+    return index < all ? block(index) : next ? next + (index - all) * stride : nullptr;
+  }
 };
 
 // What the sums of a product begin with: zero or the values in the strip, and the LoRA K-step, low-rank
@@ -79,6 +83,13 @@ struct Start {
   const float* lora;
   int64_t rank;
 };
+
+// Asks for some lines of packed weights. Not the builtin: GCC 12 takes a function of nothing but prefetches for
+// one without effect, and drops the call.
+inline void prefetch_to_l2(const bf16* lines, int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(bf16);
+  for (int64_t i = 0; i < elements; i += kLine) asm volatile("prefetcht1 %0" : : "m"(lines[i]));
+}
 
 // Brings the next chunk of weights into the L2 cache while the row blocks sweep over the present one: for
 // each block that a sweep reads it fetches the block of the next chunk at the same place, in full where
@@ -94,15 +105,10 @@ class Ahead {
   void fetch(int64_t sweep, int64_t block) const {
     if (!chunk_ || sweep >= parts_) return;
     const int64_t elements = kBlockElements / parts_;
-    const bf16* from = chunk_ + block * stride_ + sweep * elements;
-    for (int64_t i = 0; i < elements; i += kLine) prefetch_to_l2(from + i);
+    prefetch_to_l2(chunk_ + block * stride_ + sweep * elements, elements);
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(bf16);
-  // Not the builtin: GCC 12 takes a function of nothing but prefetches for one without effect, and drops the
-  // call.
-  static void prefetch_to_l2(const bf16* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
   const bf16* chunk_;
   int64_t stride_;
   int64_t parts_;
