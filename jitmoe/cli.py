@@ -168,6 +168,10 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-alpha", type=float, metavar="A", help="for a file of the log's format that does not say"
     )
+    parser.add_argument(
+        "--trace", action="store_true", help="look into each step of both passes: the first value that is not finite"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --trace, draw steps by experts")
 
 
 def _add_check_options(parser: argparse.ArgumentParser) -> None:
