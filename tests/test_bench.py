@@ -404,6 +404,21 @@ class TestCommand:
         assert found["measured_bytes"] > 0 and found["scratch_bytes"] > 0
         assert found["planned_bytes"] == sum(found["planned_bytes_by_kind"].values())
 
+    @pytest.mark.parametrize("variable", ["JITMOE_CHECKED", "JITMOE_TRACE"])
+    @pytest.mark.parametrize("command", ["bench", "bench --phases", "bench --memory", "check --mode perf"])
+    def test_kernels_that_watch_themselves_are_not_measured(self, variable, command, capsys, monkeypatch):
+        monkeypatch.setenv(variable, "1")
+        sizes = [] if command.startswith("check") else self.SIZES.split()
+        assert cli.main([*command.split(), *sizes]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and f"jitmoe: {variable} is set" in err and f"(env -u {variable} " in err
+
+    @pytest.mark.parametrize("off", ["0", ""])
+    def test_a_variable_that_is_off_is_no_reason(self, off, capsys, monkeypatch):
+        monkeypatch.setenv("JITMOE_CHECKED", off)
+        assert cli.main(["bench", "W9"]) == 1
+        assert "known are W1" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -13,6 +13,7 @@ import torch
 from jitmoe import cpu
 from jitmoe.bench import machine, plot, report
 from jitmoe.bench.ceilings import Ceilings
+from jitmoe.bench.contenders import refuse_watching
 from jitmoe.bench.footprint import Footprint, footprint_json, footprint_table, measure_footprints
 from jitmoe.bench.measure import Options, compare
 from jitmoe.bench.peers import choose_peers
@@ -38,6 +39,7 @@ SIZES = {
 
 def run(arguments: Namespace) -> int:
     """Measure and print; see ``jitmoe bench --help``."""
+    refuse_watching()
     threads = len(os.sched_getaffinity(0)) if arguments.threads is None else arguments.threads
     if threads < 1 or arguments.repeat < 1:
         raise BenchError(f"--threads and --repeat must be at least 1, got {threads} and {arguments.repeat}")
