@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jitmoe.bench import machine, report
 from jitmoe.bench.ceilings import Ceilings
+from jitmoe.bench.contenders import refuse_watching
 from jitmoe.bench.data import batches, make_base, make_lora
 from jitmoe.bench.measure import Options
 from jitmoe.bench.measure import compare as measure
@@ -101,6 +102,7 @@ def _debug(layer: MoELayer, inputs: Inputs) -> int:
 
 
 def _perf(config: MoEConfig, tokens: int) -> int:
+    refuse_watching()
     options = Options((resolve_isa(config.requested_isa),), lora_dtype=config.lora_dtype)
     threads = torch.get_num_threads()
     print(report.machine_lines(machine.describe(threads)))

@@ -135,7 +135,7 @@ def _add_estimate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1 W2 W2z W3 W4 W5; default W1 W2 W3")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1 W2 W2z W3 W4 W5 W6s; default W1 W2 W3")
     sizes = parser.add_argument_group("own sizes", "instead of a named workload")
     for option in ("num-experts", "hidden-size", "intermediate-size", "top-k", "lora-rank", "tokens"):
         sizes.add_argument(f"--{option}", type=int, metavar="N")
@@ -157,6 +157,11 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--predict", action="store_true", help="what other machines should take, checked against this one"
     )
+    mode.add_argument(
+        "--memory",
+        action="store_true",
+        help="memory of our layer beside its plan, in processes of its own; default W1 W2 W4 W6s",
+    )
     mode.add_argument("--sweep", choices=("tokens", "experts", "rank", "threads"), help="cost along one axis")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: the roofline, or the sweep")
@@ -168,6 +173,10 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-alpha", type=float, metavar="A", help="for a file of the log's format that does not say"
     )
+    parser.add_argument(
+        "--trace", action="store_true", help="look into each step of both passes: the first value that is not finite"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --trace, draw steps by experts")
 
 
 def _add_check_options(parser: argparse.ArgumentParser) -> None:

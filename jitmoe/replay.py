@@ -1,6 +1,7 @@
 """A recorded call, computed again: float64 oracle, plain bfloat16 torch and our layer side by side."""
 
 import dataclasses
+import os
 import pickle
 from argparse import Namespace
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from jitmoe import cpu
 from jitmoe.build import table
 from jitmoe.capture import FORMAT
 from jitmoe.config import MoEConfig
-from jitmoe.errors import CaptureError, JitmoeError
+from jitmoe.errors import CaptureError, ConfigError, JitmoeError, TraceError
 from jitmoe.layer import MoELayer
 from jitmoe.reference import LoraTensors
+from jitmoe.trace_report import Report
+from jitmoe.tracing import trace
 from jitmoe.yardstick import (
     Inputs,
     Results,
@@ -48,6 +51,7 @@ class Recording:
         inputs: of the call.
         isa: it was computed on; None where the file does not say.
         results: what was computed then, as far as the file says.
+        experts: numbers that the experts of the file had in the layer that was recorded.
         notes: what was assumed or where the call comes from, for people.
     """
 
@@ -55,6 +59,7 @@ class Recording:
     inputs: Inputs
     isa: str | None
     results: Results
+    experts: tuple[int, ...]
     notes: tuple[str, ...]
 
 
@@ -151,12 +156,38 @@ def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
 
 
 def run(arguments: Namespace) -> int:
-    """What ``jitmoe replay`` does."""
-    return replay(read_recording(arguments.file, arguments.lora_alpha), arguments.isa)
+    """What ``jitmoe replay`` does.
+
+    Raises:
+        CaptureError: no such file, or it holds no call.
+        ConfigError: a picture is wanted without the trace that it shows.
+        TraceError: the picture cannot be drawn.
+    """
+    if arguments.plot is not None:
+        if not arguments.trace:
+            raise ConfigError("--plot draws what --trace finds: give both")
+        folder = arguments.plot.absolute().parent
+        if arguments.plot.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise TraceError(f"{arguments.plot} cannot be written: name a file in a folder that exists and is writable")
+    recording = read_recording(arguments.file, arguments.lora_alpha)
+    return replay(recording, arguments.isa, arguments.trace, arguments.plot)
 
 
-def replay(recording: Recording, isa: str | None = None) -> int:
-    """Compute ``recording`` again on ``isa``, or where it was recorded, and print; 1 if outside the error rule."""
+def replay(recording: Recording, isa: str | None = None, traced: bool = False, plot: Path | None = None) -> int:
+    """Compute ``recording`` again and print what came out.
+
+    Args:
+        recording: the call.
+        isa: instruction set; by default that of the recording where it is usable, else the best one.
+        traced: compute it once more inside :func:`jitmoe.trace` and print the finding and the table.
+        plot: of a PNG with the heat map of that report.
+
+    Returns:
+        1 if a result is outside the error rule, else 0: a NaN that came with the recording is no fault of the layer.
+
+    Raises:
+        TraceError: the heat map cannot be drawn.
+    """
     isa, inputs = isa or _isa_of(recording), recording.inputs
     # A register block that was forced belongs to its instruction set.
     m_step = recording.config.m_step if isa == recording.isa else None
@@ -167,6 +198,12 @@ def replay(recording: Recording, isa: str | None = None) -> int:
     print("\n".join(recording.notes))
     if recording.results:
         print(_reproduction(layer, recording))
+    if traced:
+        # Before the comparison, which takes much longer.
+        report = _trace(layer, recording)
+        print(f"\n{report.table()}{_expert_numbers(report, recording.experts)}\n", flush=True)
+        if plot is not None:
+            report.save_png(plot)
     comparison = compare(layer, inputs)
     print(comparison)
     if comparison.faults:
@@ -180,6 +217,25 @@ def _reproduction(layer: MoELayer, recording: Recording) -> str:
     other = [name for name, result in recording.results.items() if not _same_bits(result, again[name])]
     where = f"recorded on {recording.isa}, computed again on {layer.isa}"
     return f"{where}: {'other bits in ' + ', '.join(other) if other else 'the same bits'}"
+
+
+def _trace(layer: MoELayer, recording: Recording) -> Report:
+    """The report of both passes; experts in it have their numbers in the file."""
+    with trace() as report:
+        # On the recorded values: those of the comparison are rounded.
+        results_of_layer(layer, recording.inputs)
+    return report
+
+
+def _expert_numbers(report: Report, experts: tuple[int, ...]) -> str:
+    """Which experts of the recorded layer the numbers in the report mean; "" where they are the same."""
+    if experts == tuple(range(len(experts))):
+        return ""
+    first = report.first()
+    found = "" if first is None or first.expert is None else f" Expert {first.expert} is {experts[first.expert]}."
+    return (
+        f"\nExperts are numbered as in the file. In the recorded layer they are {', '.join(map(str, experts))}.{found}"
+    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -225,7 +281,7 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     names |= {f"{name}_grad": name for name in LoraTensors._fields}
     results = {name: content[key] for key, name in names.items() if key in content}
     config = replace(config, num_experts=experts.numel())
-    return Recording(config, inputs, content["isa"], results, tuple(notes))
+    return Recording(config, inputs, content["isa"], results, tuple(experts.tolist()), tuple(notes))
 
 
 def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
@@ -252,7 +308,7 @@ def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording
     )
     renamed = {"x": content["input_data"], "topk_ids": content["expert_ids"]}
     inputs = _inputs({**content, **renamed}, content["expert_ids"].long(), config.lora_scale)
-    return Recording(config, inputs, None, {}, tuple(notes))
+    return Recording(config, inputs, None, {}, tuple(range(config.num_experts)), tuple(notes))
 
 
 def _inputs(content: Mapping[str, Any], topk_ids: Tensor, scale: float) -> Inputs:

@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import os
 import struct
 from dataclasses import fields
 
 import pytest
 import torch
+from helpers import usable_isas
 
-from jitmoe import cli
-from jitmoe.bench import ceilings, measure, peers, phases, plot, report, sweep
+from jitmoe import MemoryPlan, cli
+from jitmoe.bench import ceilings, footprint, machine, measure, peers, phases, plot, report, sweep
 from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.data import batches, make_base
 from jitmoe.bench.measure import Measurement, Options, Outcome
@@ -88,6 +90,7 @@ class TestCounting:
             ("W3", (64, 2048, 1408, 6, 8, 1)),
             ("W4", (128, 2048, 768, 8, 16, 512)),
             ("W5", (16, 7168, 2048, 8, 16, 256)),
+            ("W6s", (64, 1792, 512, 8, 16, 6400)),
         ],
     )
     def test_the_table_of_workloads(self, name, sizes):
@@ -290,6 +293,83 @@ class TestSweep:
         assert colors_in(tmp_path / "sweep.png") > 20
 
 
+def hold_for_a_moment(nbytes: int, before: int) -> int:
+    """Peak of a call that takes ``nbytes`` and gives them back, in a process that has had ``before``."""
+    torch.ones(before, dtype=torch.uint8)
+
+    def call() -> None:
+        torch.ones(nbytes, dtype=torch.uint8)
+
+    return footprint.peak_of(call)
+
+
+TRAINING_MODE, _, FORWARD_MODE = footprint.MODES
+
+
+class TestMemory:
+    @pytest.mark.parametrize("before", [0, 100_000_000])
+    def test_the_meter_sees_a_buffer_of_known_size(self, before):
+        nbytes = 48_000_000
+        # 2 MB for what Python itself takes meanwhile, and for pages that Linux counts late.
+        assert footprint.in_child(hold_for_a_moment, nbytes, before) == pytest.approx(nbytes, abs=2_000_000)
+
+    def test_where_no_new_mark_can_be_begun(self, monkeypatch, tmp_path):
+        """The old mark says nothing, unless it was exceeded."""
+        status = tmp_path / "status"
+        monkeypatch.setattr(machine, "_STATUS", status)
+        monkeypatch.setattr(machine, "_CLEAR", tmp_path / "none" / "clear_refs")
+
+        def write(**fields: int) -> None:
+            status.write_text("".join(f"{name}:\t{value} kB\n" for name, value in fields.items()))
+
+        write(VmHWM=500, VmRSS=300)
+        start = machine.start_peak()
+        assert machine.peak_since(start) is None
+        write(VmHWM=700, VmRSS=300)
+        assert machine.peak_since(start) == 400 * 1024
+        write(VmPeak=1)
+        assert machine.start_peak() is None and machine.peak_since(start) is None
+        with pytest.raises(BenchError, match="VmHWM"):
+            footprint.peak_of(lambda: None)
+
+    def test_a_process_that_dies(self):
+        with pytest.raises(BenchError, match="has died"):
+            footprint.in_child(os._exit, 3)
+
+    @pytest.mark.parametrize("mode", footprint.MODES, ids=str)
+    def test_the_plan_is_that_of_a_process(self, mode):
+        case = footprint.Case(TINY, "ref", "float32", mode, 1)
+        whole = MemoryPlan.of(case.config(), TINY.tokens, 1, mode.training)
+        left_out = {tensor.name for tensor in whole.held} - {tensor.name for tensor in case.plan().held}
+        assert left_out == set(footprint.CALLER) - (set() if mode.training else {"out.grad"})
+        assert case.config().recompute == mode.recompute
+
+    def test_what_is_beyond_and_what_is_unplanned(self):
+        """With everything as planned the one is scratch and routes, the other nothing."""
+        case = footprint.Case(TINY, "ref", "float32", TRAINING_MODE, 1)
+        plan = case.plan()
+        kinds, slots = plan.by_kind(), TINY.slots
+        found = footprint.Footprint(case, plan, plan.nbytes, plan.arena)
+        routes, row_weight = 3 * 8 * slots, 4 * slots
+        assert (found.unplanned, found.beyond) == (0, plan.arena + routes + row_weight)
+        assert found.working == kinds["scratch"] + routes + 2 * 2 * slots * 32
+        less = footprint.Footprint(case, plan, plan.nbytes + 7, plan.arena - 64)
+        assert (less.unplanned, less.beyond) == (71, found.beyond + 7)
+
+    def test_what_does_not_fit_is_not_begun(self, monkeypatch):
+        monkeypatch.setattr(footprint, "available_memory", lambda: 1)
+        monkeypatch.setattr(footprint, "in_child", None)
+        with pytest.raises(BenchError, match=r"tiny .*more than this machine has free"):
+            next(footprint.measure_footprints(TINY, "ref", "float32", 1))
+
+    @pytest.mark.slow
+    def test_a_layer_takes_what_is_planned(self):
+        isa = usable_isas()[0]
+        for found in footprint.measure_footprints(WORKLOADS["W6s"], isa, "float32", 2):
+            assert found.ratio == pytest.approx(1, abs=0.03), footprint.footprint_table([found])
+            assert found.unplanned <= 0.01 * found.plan.nbytes, footprint.footprint_table([found])
+
+
 class TestPlot:
     def test_the_roofline_is_a_picture_with_something_in_it(self, outcome, tmp_path):
         plot.plot_roofline([outcome], "title", tmp_path / "roofline.png")
@@ -314,9 +394,35 @@ class TestCommand:
         assert {"date", "cpu", "threads", "torch"} <= set(content["machine"])
         assert len(content["workloads"][0]["results"]) == 4
 
+    def test_memory(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(footprint, "MODES", (FORWARD_MODE,))
+        path = tmp_path / "memory.json"
+        assert cli.main(["bench", "--memory", *self.SIZES.split(), "--json", str(path)]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("own "))
+        (found,) = json.loads(path.read_text())["memory"]
+        assert line.split()[:3] == ["own", "ref", "forward"] and found["threads"] == 1
+        assert found["measured_bytes"] > 0 and found["scratch_bytes"] > 0
+        assert found["planned_bytes"] == sum(found["planned_bytes_by_kind"].values())
+
+    @pytest.mark.parametrize("variable", ["JITMOE_CHECKED", "JITMOE_TRACE"])
+    @pytest.mark.parametrize("command", ["bench", "bench --phases", "bench --memory", "check --mode perf"])
+    def test_kernels_that_watch_themselves_are_not_measured(self, variable, command, capsys, monkeypatch):
+        monkeypatch.setenv(variable, "1")
+        sizes = [] if command.startswith("check") else self.SIZES.split()
+        assert cli.main([*command.split(), *sizes]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and f"jitmoe: {variable} is set" in err and f"(env -u {variable} " in err
+
+    @pytest.mark.parametrize("off", ["0", ""])
+    def test_a_variable_that_is_off_is_no_reason(self, off, capsys, monkeypatch):
+        monkeypatch.setenv("JITMOE_CHECKED", off)
+        assert cli.main(["bench", "W9"]) == 1
+        assert "known are W1" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ("W1 --memory --plot x.png", "no picture"),
             ("W9", "known are W1, W2"),
             ("W1 --top-k 2", "not both"),
             ("--top-k 2", "own sizes lack --num-experts"),
@@ -374,8 +480,8 @@ class TestPredict:
 
     def test_the_table_names_every_machine_and_assumption(self):
         text = prediction_table([WORKLOADS["W2"], W6])
-        for machine in ABSENT:
-            assert text.count(machine.name) == 3 and machine.source in text
+        for absent in ABSENT:
+            assert text.count(absent.name) == 3 and absent.source in text
         for item in fields(Assumptions):
             assert f"{item.name} = " in text
 

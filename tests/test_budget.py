@@ -97,16 +97,19 @@ def test_the_text_has_every_buffer():
     assert "steps: 0 layer, 1 forward load" in str(planned)
 
 
-def test_a_very_large_model():
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512"])
+@pytest.mark.parametrize("threads", [2, 56])
+def test_a_very_large_model(isa, threads):
     """The ancestor asked for 4 TB here."""
+    config = replace(W6, isa=isa)
 
     def scratch_and_saved(**options: bool) -> int:
-        kinds = MemoryPlan.of(W6, W6_TOKENS, 60, **options).by_kind()
+        kinds = MemoryPlan.of(config, W6_TOKENS, threads, **options).by_kind()
         return kinds["scratch"] + kinds["saved"]
 
     assert scratch_and_saved() <= 4.0e9
     assert scratch_and_saved(recompute=True) <= 2.2e9
-    one, thousand = (MemoryPlan.of(W6, tokens, 60).arena for tokens in (W6_TOKENS, 1000 * W6_TOKENS))
+    one, thousand = (MemoryPlan.of(config, tokens, threads).arena for tokens in (W6_TOKENS, 1000 * W6_TOKENS))
     assert thousand - one == 999 * W6_TOKENS * W6.hidden_size * 4, "only the token sums grow"
 
 

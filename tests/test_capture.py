@@ -249,6 +249,113 @@ class TestReplay:
         assert status == 1 and err.startswith(f"jitmoe: {path}") and "Traceback" not in err
 
 
+def with_nan(inputs: Inputs, name: str, place: tuple[int, ...]) -> Inputs:
+    """``inputs`` with a NaN at ``place`` of one tensor, those of LoRA included."""
+    tensors = inputs.lora._asdict() if name in LoraTensors._fields else {name: getattr(inputs, name)}
+    tensors[name] = tensors[name].clone()
+    tensors[name][place] = torch.nan
+    return replace(inputs, **({"lora": LoraTensors(**tensors)} if name in LoraTensors._fields else tensors))
+
+
+def first_slot(inputs: Inputs, expert: int) -> str:
+    """Token and slot of the expert's first row, as a report says them."""
+    token, slot = (inputs.topk_ids == expert).nonzero()[0].tolist()
+    return f"token {token}, slot {slot},"
+
+
+class TestReplayTrace:
+    """One command names a planted NaN. Those in scratch and padding are in no file: test_trace.py finds them."""
+
+    def test_a_clean_call(self, tmp_path: Path, run) -> None:
+        captured(make_inputs(MEDIUM), tmp_path / "call.pt")
+        status, out, _ = run("replay", tmp_path / "call.pt", "--trace")
+        assert status == 0 and "\nEvery step is finite.\n" in out and tuple(rows_of(out)) == RESULTS
+        steps = [line.split()[2:5] for line in out.splitlines() if line.startswith("0 ")]
+        assert ["forward", "x", "all"] in steps and ["forward", "out", "all"] in steps
+        assert "backward  x.grad" in out and "Experts are numbered" not in out
+        _, without, _ = run("replay", tmp_path / "call.pt")
+        assert "Every step" not in without
+
+    def test_in_x(self, tmp_path: Path, run) -> None:
+        inputs = with_nan(make_inputs(MEDIUM), "x", (3, 17))
+        captured(inputs, tmp_path / "call.pt")
+        status, out, _ = run("replay", tmp_path / "call.pt", "--trace")
+        expert = int(inputs.topk_ids[3].min())
+        slot = inputs.topk_ids[3].tolist().index(expert)
+        finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
+        assert status == 0 and f": x of expert {expert} has " in finding
+        assert f"token 3, slot {slot}," in finding and "column 17" in finding
+        assert finding.endswith("it came with the call")
+
+    @pytest.mark.parametrize(
+        ("name", "place", "step"),
+        [
+            ("gate_proj", (5, 7, 30), "gate"),
+            ("down_proj", (5, 7, 30), "down"),
+            ("gate_lora_b", (5, 7, 3), "gate"),
+            ("down_lora_b", (5, 7, 3), "down"),
+        ],
+    )
+    def test_in_a_weight(self, tmp_path: Path, run, name: str, place: tuple[int, ...], step: str) -> None:
+        inputs = with_nan(make_inputs(MEDIUM), name, place)
+        captured(inputs, tmp_path / "call.pt")
+        status, out, _ = run("replay", tmp_path / "call.pt", "--trace")
+        finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
+        assert status == 0 and f": {step} of expert 5 has " in finding and first_slot(inputs, 5) in finding
+        assert f"{name}[5, 7, {place[2]}] " in finding and finding.endswith("is not finite")
+
+    def test_in_a_weight_of_the_logs_format(self, tmp_path: Path, run) -> None:
+        inputs = with_nan(make_inputs(MEDIUM), "up_proj", (2, 7, 30))
+        torch.save(logs_format(inputs, 4.0), tmp_path / "log.pt")
+        status, out, _ = run("replay", tmp_path / "log.pt", "--isa", ISA, "--trace")
+        finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
+        assert status == 0 and ": up of expert 2 has " in finding and first_slot(inputs, 2) in finding
+        assert "up_proj[2, 7, 30] " in finding
+
+    def test_a_value_that_bfloat16_lacks_is_not_rounded_away(self, tmp_path: Path, run) -> None:
+        """The trace sees the recorded values; the comparison's are rounded."""
+        inputs = make_inputs(MEDIUM)
+        lora = inputs.lora._replace(gate_lora_a=inputs.lora.gate_lora_a * 1.001)
+        captured(replace(inputs, lora=lora), tmp_path / "call.pt")
+        out = run("replay", tmp_path / "call.pt", "--trace")[1]
+        line = next(line.split() for line in out.splitlines() if " gate_lora_a before " in line)
+        assert line[-2] == f"{lora.gate_lora_a.max().item():.4g}"
+
+    def test_what_on_nonfinite_wrote(self, tmp_path: Path, run) -> None:
+        """The whole way: training goes wrong, the layer writes the call, one command names the weight.
+
+        The call's experts are some of the layer's: the file numbers them anew, and the report says what they were.
+        """
+        inputs = make_inputs(IDLE)
+        inputs = replace(inputs, topk_ids=torch.where(inputs.topk_ids == 0, 7, inputs.topk_ids))
+        bad = with_nan(inputs, "up_proj", (7, 5, 9))
+        layer = layer_of(bad, ISA)
+        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        results_of_layer(layer, bad)
+        chosen = inputs.topk_ids.unique().tolist()
+        assert 0 not in chosen and [path.name for path in tmp_path.iterdir()] == ["call.pt"]
+        status, out, _ = run("replay", tmp_path / "call.pt", "--trace")
+        place = chosen.index(7)
+        finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
+        assert status == 0 and f": up of expert {place} has " in finding and f"up_proj[{place}, 5, 9] " in finding
+        assert first_slot(inputs, 7) in finding
+        assert f"they are {', '.join(map(str, chosen))}. Expert {place} is 7.\n" in out
+
+    def test_a_heat_map(self, tmp_path: Path, run) -> None:
+        pytest.importorskip("matplotlib")
+        captured(with_nan(make_inputs(MEDIUM), "x", (3, 17)), tmp_path / "call.pt")
+        status, _, _ = run("replay", tmp_path / "call.pt", "--trace", "--plot", tmp_path / "map.png")
+        assert status == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [(["--plot", "map.png"], "give both"), (["--trace", "--plot", "/nowhere/map.png"], "cannot be written")],
+    )
+    def test_a_picture_that_cannot_be(self, tmp_path: Path, run, options: list[str], message: str) -> None:
+        status, out, err = run("replay", tmp_path / "call.pt", *options)
+        assert status == 1 and message in err and out == ""
+
+
 def break_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers compute with a LoRA scale that is 10 % too large; the oracle keeps the right one."""
     from jitmoe.experts import ExpertCall

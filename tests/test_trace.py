@@ -278,6 +278,32 @@ def test_stale_scratch_is_shown_and_touches_nothing(recompute: bool, inputs: Inp
     assert "x_panel before" in report.table()
 
 
+def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last value of each buffer in turn; that of a panel is in a padded row."""
+    layer = layer_of(inputs, BEST)
+    plans = []
+    planned = experts.plan_forward
+    monkeypatch.setattr(experts, "plan_forward", lambda *a: plans.append(planned(*a)) or plans[-1])
+    with jitmoe.trace(), torch.no_grad():
+        plain = call_layer(layer, inputs).clone()
+    last_rows = int((inputs.topk_ids == RAGGED.experts - 1).sum())
+    assert last_rows % traced_shape(RAGGED, BEST).m_step, "or no row of the last block is padded"
+    (arena,) = workspace.arenas._free
+    for item in plans[0].placed:
+        *lead, columns = item.buffer.shape
+        size = {"float32": 4, "bfloat16": 2}[item.buffer.dtype]
+        end = item.offset + math.prod(lead) * columns * size
+        arena[:] = 0
+        arena[end - size : end] = np.frombuffer(np.float32(NAN).tobytes(), np.uint8)[-size:]
+        with jitmoe.trace() as report, torch.no_grad():
+            assert torch.equal(call_layer(layer, inputs), plain)
+        assert report.first() is None
+        record = next(r for r in records_of(report, SCRATCH) if r.name == item.buffer.name)
+        position = (record.first.row, record.first.column)
+        assert (record.bad, position) == (1, (math.prod(lead) - 1, columns - 1)), item.buffer.name
+        assert f"{item.buffer.name} before" in report.table()
+
+
 def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None:
     layer = layer_of(inputs, BEST)
     plain = copied(results_of_layer(layer, inputs))

@@ -51,6 +51,7 @@ ORDER = [
     "bench.contenders",
     "bench.peers",
     "bench.measure",
+    "bench.footprint",
     "bench.phases",
     "bench.predict",
     "bench.sweep",
@@ -66,7 +67,8 @@ ORDER = [
 """A module imports only modules that stand before it. A new module gets its place here."""
 
 BENCH_WITH_TORCH = {
-    f"bench.{name}" for name in ("data", "machine", "contenders", "peers", "measure", "phases", "sweep", "command")
+    f"bench.{name}"
+    for name in ("data", "machine", "contenders", "peers", "measure", "footprint", "phases", "sweep", "command")
 }
 
 WALLS = {

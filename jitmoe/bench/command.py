@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from jitmoe import cpu
 from jitmoe.bench import machine, plot, report
 from jitmoe.bench.ceilings import Ceilings
+from jitmoe.bench.contenders import refuse_watching
+from jitmoe.bench.footprint import Footprint, footprint_json, footprint_table, measure_footprints
 from jitmoe.bench.measure import Options, compare
 from jitmoe.bench.peers import choose_peers
 from jitmoe.bench.phases import measure_phases, phases_json, phases_table
@@ -21,6 +24,7 @@ from jitmoe.bench.workloads import W6, WORKLOADS, Workload, find_workload
 from jitmoe.errors import BenchError, ConfigError
 
 DEFAULT = ("W1", "W2", "W3")
+DEFAULT_MEMORY = ("W1", "W2", "W4", "W6s")
 
 SIZES = {
     "num_experts": "experts",
@@ -35,6 +39,7 @@ SIZES = {
 
 def run(arguments: Namespace) -> int:
     """Measure and print; see ``jitmoe bench --help``."""
+    refuse_watching()
     threads = len(os.sched_getaffinity(0)) if arguments.threads is None else arguments.threads
     if threads < 1 or arguments.repeat < 1:
         raise BenchError(f"--threads and --repeat must be at least 1, got {threads} and {arguments.repeat}")
@@ -48,6 +53,8 @@ def run(arguments: Namespace) -> int:
     print(report.machine_lines(facts))
     if arguments.phases:
         result = _phases(workloads, options)
+    elif arguments.memory:
+        result = _memory(workloads, options, threads)
     elif arguments.sweep:
         result = _sweep(arguments, workloads, options, threads)
     elif arguments.predict:
@@ -77,6 +84,17 @@ def _phases(workloads: list[Workload], options: Options) -> dict[str, Any]:
             found.append(measure_phases(workload, isa, options.repeat))
             print(f"\n{phases_table(found[-1])}", flush=True)
     return {"phases": [phases_json(phases) for phases in found]}
+
+
+def _memory(workloads: list[Workload], options: Options, threads: int) -> dict[str, Any]:
+    found: list[Footprint] = []
+    for workload in workloads:
+        for isa in options.isas:
+            for footprint in measure_footprints(workload, isa, options.lora_dtype, threads):
+                print(f"jitmoe: {workload.name} {footprint.case.mode.name}", file=sys.stderr)
+                found.append(footprint)
+    print(f"\n{footprint_table(found)}")
+    return {"memory": [footprint_json(footprint) for footprint in found]}
 
 
 def _sweep(arguments: Namespace, workloads: list[Workload], options: Options, threads: int) -> dict[str, Any]:
@@ -109,7 +127,8 @@ def _workloads(arguments: Namespace) -> list[Workload]:
     elif arguments.workloads:
         workloads = [find_workload(name) for name in arguments.workloads]
     else:
-        workloads = [SWEPT] if arguments.sweep else [find_workload(name) for name in DEFAULT]
+        names = DEFAULT_MEMORY if arguments.memory else DEFAULT
+        workloads = [SWEPT] if arguments.sweep else [find_workload(name) for name in names]
     return [workload.quick() for workload in workloads] if arguments.quick else workloads
 
 
@@ -125,8 +144,8 @@ def _check_files(arguments: Namespace) -> None:
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")
     if arguments.plot:
-        if arguments.phases or arguments.predict:
-            raise BenchError("--plot draws a roofline or a sweep; --phases and --predict have no picture")
+        if arguments.phases or arguments.predict or arguments.memory:
+            raise BenchError("--plot draws a roofline or a sweep; --phases, --predict and --memory have no picture")
         plot.require_matplotlib()
 
 

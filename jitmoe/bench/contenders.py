@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import jitmoe
+from jitmoe import settings
 from jitmoe.bench.data import Base
 from jitmoe.bench.workloads import Workload
 from jitmoe.errors import BenchError
@@ -65,6 +66,21 @@ def our_layer(
         isa=isa,
         comparable="lora" if workload.rank else "base",
     )
+
+
+def refuse_watching() -> None:
+    """Refuse to measure while the environment asks for kernels that watch themselves, which are not those of users.
+
+    Raises:
+        BenchError: naming the variable.
+    """
+    for name in ("checked", "trace"):
+        if settings.get(name):
+            variable = settings.SETTINGS[name].variable
+            raise BenchError(
+                f"{variable} is set, which makes calls run on slower kernels that watch themselves: unset it to "
+                f"measure (env -u {variable} jitmoe ...)"
+            )
 
 
 def check_isa(asked: str, used: str) -> None:

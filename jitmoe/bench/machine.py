@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,43 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def start_peak() -> int | None:
-    """Start a new high-water mark; bytes held now, or None where the system keeps no such mark."""
+@dataclass(frozen=True)
+class Start:
+    """Where a measurement of memory began.
+
+    Attributes:
+        held: bytes held then.
+        mark: the high-water mark that later ones must exceed to say anything; 0 where a new one was begun.
+    """
+
+    held: int
+    mark: int
+
+
+def start_peak() -> Start | None:
+    """Start a new high-water mark; None where the system keeps no such mark."""
     try:
         _CLEAR.write_text("5")
+        new = True
     except OSError:
+        new = False
+    held, mark = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    return None if held is None or mark is None else Start(held, 0 if new else mark)
+
+
+def peak_since(start: Start | None) -> int | None:
+    """The most bytes held since :func:`start_peak` beyond those held then.
+
+    Linux counts pages on each CPU and adds them up in batches, so the figure may be some 100 kB a CPU off. None where
+    the system does not say: also where it began no new mark and the old one still stands.
+    """
+    peak = _status_bytes("VmHWM")
+    if start is None or peak is None or peak <= start.mark:
         return None
-    return _status_bytes("VmRSS")
+    return max(peak - start.held, 0)
 
 
-def peak_since(start: int | None) -> int | None:
-    """The most bytes held since :func:`start_peak` beyond the ``start`` that it returned."""
-    return None if start is None else max(_status_bytes("VmHWM") - start, 0)
-
-
-def _status_bytes(field: str) -> int:
+def _status_bytes(field: str) -> int | None:
     lines = _STATUS.read_text(encoding="ascii").splitlines()
-    line = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+    line = next((line for line in lines if line.startswith(f"{field}:")), None)
+    return None if line is None else int(line.split()[1]) * 1024

@@ -73,11 +73,12 @@ _ALL = (
     Workload("W3", experts=64, hidden=2048, intermediate=1408, top_k=6, rank=8, tokens=1),
     Workload("W4", experts=128, hidden=2048, intermediate=768, top_k=8, rank=16, tokens=512),
     Workload("W5", experts=16, hidden=7168, intermediate=2048, top_k=8, rank=16, tokens=256),
+    Workload("W6s", experts=64, hidden=1792, intermediate=512, top_k=8, rank=16, tokens=6400),
 )
 
 WORKLOADS = {workload.name: workload for workload in _ALL}
 """W1 few tokens on a DeepSeek-V2-Lite layer, W2 a training step on it (W2z with skewed routing), W3 decode, W4 a
-Qwen3-30B-A3B layer, W5 sixteen experts of DeepSeek-V3."""
+Qwen3-30B-A3B layer, W5 sixteen experts of DeepSeek-V3, W6s a quarter of W6 in experts, widths and tokens."""
 
 
 W6 = Workload("W6", experts=256, hidden=7168, intermediate=2048, top_k=8, rank=16, tokens=25600)

@@ -1,0 +1,262 @@
+"""Memory that our layer really takes, beside its plan: each case in a process of its own, where nothing else grows."""
+
+import gc
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import jitmoe
+from jitmoe import kernels
+from jitmoe.bench import machine
+from jitmoe.bench.contenders import check_isa
+from jitmoe.bench.data import Batch, batches
+from jitmoe.bench.workloads import Workload
+from jitmoe.budget import MemoryPlan
+from jitmoe.build import table
+from jitmoe.config import MoEConfig
+from jitmoe.errors import BenchError
+from jitmoe.estimate import available_memory
+from jitmoe.plan import plan_kernels
+from jitmoe.workspace import arenas
+
+CALLER = ("x", "weights", "topk_ids", "out.grad")
+"""Tensors of the plan that the benchmark makes before it starts to measure, so neither figure has them."""
+
+CALLS = 2
+"""Gradients of the first one lie beside those of the second, as the plan has it."""
+
+WARM_UP = Workload("warm-up", experts=3, hidden=96, intermediate=64, top_k=2, rank=4, tokens=64)
+"""Its call loads and starts what every process has once: libraries, threads, compiled Numba functions."""
+
+Returned = TypeVar("Returned")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is done with a layer."""
+
+    name: str
+    training: bool
+    recompute: bool
+
+
+MODES = (
+    Mode("forward+backward", training=True, recompute=False),
+    Mode("forward+backward, recompute", training=True, recompute=True),
+    Mode("forward", training=False, recompute=False),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a layer of ``workload`` on ``isa``, used as ``mode`` says by ``threads`` threads."""
+
+    workload: Workload
+    isa: str
+    lora_dtype: str
+    mode: Mode
+    threads: int
+
+    def config(self) -> MoEConfig:
+        """Of the layer."""
+        return replace(self.workload.config(self.isa, self.lora_dtype), recompute=self.mode.recompute)
+
+    def plan(self) -> MemoryPlan:
+        """Of all that a process holds beyond the tensors of :data:`CALLER`."""
+        plan = MemoryPlan.of(self.config(), self.workload.tokens, self.threads, self.mode.training)
+        return replace(plan, held=tuple(tensor for tensor in plan.held if tensor.name not in CALLER))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a case took.
+
+    Attributes:
+        case: what was measured.
+        plan: without the tensors of :data:`CALLER`.
+        measured: bytes that the process held at most beyond those before there was a layer.
+        scratch: bytes of the arena: what the calls' own routing took of the planned scratch of the worst one.
+    """
+
+    case: Case
+    plan: MemoryPlan
+    measured: int
+    scratch: int
+
+    @property
+    def ratio(self) -> float:
+        """Measured over planned."""
+        return self.measured / self.plan.nbytes
+
+    @property
+    def unplanned(self) -> int:
+        """Measured bytes beyond a plan with the scratch of the calls' own routing.
+
+        The C library may keep a freed block for the next call instead of giving it back: at W4 one more ``out``, 2 MB
+        (none with MALLOC_TRIM_THRESHOLD_=0, 2026-11-24).
+        """
+        return self.measured - (self.plan.nbytes - self.plan.arena + self.scratch)
+
+    @property
+    def working(self) -> int:
+        """Planned bytes of scratch and of what is saved for backward."""
+        kinds = self.plan.by_kind()
+        return kinds.get("scratch", 0) + kinds.get("saved", 0)
+
+    @property
+    def beyond(self) -> int:
+        """Measured bytes of scratch, routes, and of all that has no plan.
+
+        They are beyond weights, parameters, gradients of the parameters and of the inputs, out, and gate and up saved.
+        """
+        step = self.plan.peak_step
+        named = [t for t in self.plan.held if t.first <= step <= t.last and _has_a_name(t.kind, t.name)]
+        return self.measured - sum(tensor.nbytes for tensor in named)
+
+
+def _has_a_name(kind: str, name: str) -> bool:
+    """Whether a user would name this tensor; the others are working memory."""
+    return kind in ("packed weight", "parameter", "gradient", "result") or name.startswith(("saved_", "new "))
+
+
+def measure_footprints(workload: Workload, isa: str, lora_dtype: str, threads: int) -> Iterator[Footprint]:
+    """Measure one workload in every mode of :data:`MODES`.
+
+    Raises:
+        BenchError: if a case does not fit into the free memory, or the system does not say what a process held.
+    """
+    for mode in MODES:
+        case = Case(workload, isa, lora_dtype, mode, threads)
+        plan = case.plan()
+        if plan.nbytes > available_memory():
+            raise BenchError(
+                f"{workload.name} ({mode.name}) takes {plan.nbytes} bytes, more than this machine has free"
+            )
+        # Here, so that the child loads them and starts no compiler.
+        jitmoe.build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
+        yield Footprint(case, plan, *in_child(measure_case, case))
+
+
+def in_child(function: Callable[..., Returned], *arguments: Any) -> Returned:
+    """What ``function`` returns in a fresh interpreter, where none of this process's memory is.
+
+    Raises:
+        BenchError: if the process is killed. Whatever the function raises is raised here.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise BenchError("a process that was measured has died: did the machine run out of memory?") from error
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Bytes that this process holds at most while ``function`` runs, beyond those before.
+
+    Raises:
+        BenchError: if the system does not say.
+    """
+    gc.collect()
+    start = machine.start_peak()
+    function()
+    peak = machine.peak_since(start)
+    if peak is None:
+        raise BenchError("this system does not say how much memory a process has held (VmHWM in /proc/self/status)")
+    return peak
+
+
+def measure_case(case: Case) -> tuple[int, int]:
+    """Bytes that this process, a fresh one, takes for the layer of ``case`` and its calls; those of the arena."""
+    torch.set_num_threads(case.threads)
+    for warm in (replace(case, workload=WARM_UP), case):
+        for shape in plan_kernels(warm.config(), case.isa).shapes:
+            kernels.load(shape)
+    use, warm_up = (_prepare(replace(case, workload=workload)) for workload in (case.workload, WARM_UP))
+    warm_up()
+    arenas.release()
+    return peak_of(use), arenas.held_bytes()
+
+
+def _prepare(case: Case) -> Callable[[], None]:
+    """Make all that the caller of a layer has, and return what makes the layer and calls it."""
+    workload = case.workload
+    generator = torch.Generator().manual_seed(0)
+    batch = next(batches(workload, generator))
+    hidden, intermediate = workload.hidden, workload.intermediate
+    extents = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    # Each expert's matrix in the same memory: a source that brings new memory would count as the layer's.
+    matrices = [
+        torch.empty(extent, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator) for extent in extents
+    ]
+
+    def use() -> None:
+        gate, up, down = ((lambda _, matrix=matrix: matrix) for matrix in matrices)
+        layer = jitmoe.MoELayer(case.config(), gate, up, down)
+        check_isa(case.isa, layer.isa)
+        for _ in range(CALLS):
+            _call(layer, batch, case.mode.training)
+
+    return use
+
+
+def _call(layer: Callable[[Tensor, Tensor, Tensor], Tensor], batch: Batch, training: bool) -> None:
+    # New leaves, so that gradients of the inputs are those of one call.
+    x, weights = (tensor.detach().requires_grad_(training) for tensor in (batch.x, batch.weights))
+    with torch.set_grad_enabled(training):
+        out = layer(x, batch.topk_ids, weights)
+        if training:
+            torch.autograd.backward(out, batch.out_grad)
+
+
+def footprint_table(footprints: Sequence[Footprint]) -> str:
+    """Megabytes planned and measured."""
+    head = (
+        "workload",
+        "isa",
+        "mode",
+        "plan MB",
+        "measured MB",
+        "ratio",
+        "scratch+saved MB",
+        "beyond MB",
+        "unplanned MB",
+    )
+    rows: list[tuple[str, ...]] = [head]
+    for f in footprints:
+        figures = (f.plan.nbytes, f.measured, f.working, f.beyond, f.unplanned)
+        planned, measured, *others = (f"{nbytes / 1e6:.1f}" for nbytes in figures)
+        names = (f.case.workload.name, f.case.isa, f.case.mode.name)
+        rows.append((*names, planned, measured, f"{f.ratio:.3f}", *others))
+    return (
+        f"{table(rows)}\n"
+        f"Neither figure has what the caller made before: {', '.join(CALLER)}. Gradients of a former call are beside\n"
+        "the new ones. Planned scratch is that of the worst routing.\n"
+        "beyond: measured, less weights, parameters, all gradients, out, and gate and up saved.\n"
+        "unplanned: measured, less the plan with the scratch of the routing at hand."
+    )
+
+
+def footprint_json(footprint: Footprint) -> dict[str, Any]:
+    """All figures in bytes."""
+    case = footprint.case
+    return {
+        "name": case.workload.name,
+        "isa": case.isa,
+        "mode": case.mode.name,
+        "lora_dtype": case.lora_dtype,
+        "threads": case.threads,
+        "planned_bytes": footprint.plan.nbytes,
+        "planned_bytes_by_kind": dict(footprint.plan.by_kind()),
+        "measured_bytes": footprint.measured,
+        "ratio": footprint.ratio,
+        "scratch_bytes": footprint.scratch,
+        "beyond_bytes": footprint.beyond,
+        "unplanned_bytes": footprint.unplanned,
+    }
