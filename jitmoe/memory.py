@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jitmoe.errors import PlanError
 from jitmoe.plan import K_STEP, N_STRIP, PAIRED_OPERANDS, Shape, ceil_div, round_up
@@ -25,6 +26,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int64": 8}
 
 SHUFFLES = 64
 """Orders tried at random where no ordinary one packs a pass as tightly as can be; few sizes need any."""
+
+PLANS_KEPT = 256
+"""Proved plans of either pass that are kept for calls of the same sizes: a plan takes 0.2 ms, a decoded token 4."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class CallSize:
     threads: int
 
 
+@lru_cache(PLANS_KEPT)
 def plan_forward(shape: Shape, size: CallSize) -> ScratchPlan:
     """Scratch of a forward call."""
     load, gate_up, down_low, down = range(4)
@@ -106,6 +111,7 @@ def plan_forward(shape: Shape, size: CallSize) -> ScratchPlan:
     return prove(place(buffers, canary_bytes(shape)))
 
 
+@lru_cache(PLANS_KEPT)
 def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -> ScratchPlan:
     """Scratch of a backward call; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
     load, gate_up, act_grad, low_grads, last = range(5)
