@@ -328,8 +328,16 @@ MUTANTS = (
         "jitmoe/memory.py",
         '_panel("act_panel", shape, size, shape.intermediate, gate_up, down),',
         '_panel("act_panel", shape, size, shape.intermediate, gate_up, down_low),',
+        ("test_checked.py::TestNothingElseChanges::test_same_bits",),
+        "The activation's panel is given away a step before it is last read, though nothing wants its place yet.",
+    ),
+    Mutant(
+        "short_life_of_what_is_overwritten",
+        "jitmoe/memory.py",
+        '"float32", act_grad, low_grads),',
+        '"float32", act_grad, act_grad),',
         ("test_memory.py::test_buffers_that_may_share_can_share",),
-        "The activation's panel is given away a step before it is last read.",
+        "The parts of the routing weights' gradient are given away before they are added up.",
     ),
     Mutant(
         "lives_half_open",

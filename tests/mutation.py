@@ -94,12 +94,14 @@ class Outcome:
         status: "killed", "survived", "broken", "timeout", or "not run" where the machine can run none of its tests.
         detail: the first test that failed, or the end of what the run said.
         seconds: wall time.
+        message: of that test, its first line: whether the test failed by the bug or by a mutant badly made.
     """
 
     mutant: Mutant
     status: str
     detail: str
     seconds: float
+    message: str = ""
 
     @property
     def good(self) -> bool:
@@ -164,7 +166,8 @@ def run_mutants(mutants: Sequence[Mutant], root: Path, jobs: int, limit: float) 
 def _collect(futures: Sequence[Future[Outcome]]) -> list[Outcome]:
     for count, future in enumerate(as_completed(futures), 1):
         found = future.result()
-        print(f"[{count}/{len(futures)}] {found.mutant.name}: {found.status}, {found.seconds:.0f} s", flush=True)
+        line = f"[{count}/{len(futures)}] {found.mutant.name}: {found.status}, {found.seconds:.0f} s  {found.message}"
+        print(line.rstrip()[:120], flush=True)
     return [future.result() for future in futures]
 
 
@@ -187,7 +190,8 @@ def run_mutant(mutant: Mutant, original: Path, cache: Path, limit: float) -> Out
         mutant.apply(tree)
         run = run_tests(tree, mutant.tests, mutant.isa, cache, limit, "-x")
     status, detail = judge(mutant, run)
-    return Outcome(mutant, status, detail, time.monotonic() - start)
+    message = run.failed[0][1].partition("\n")[0] if run.failed else ""
+    return Outcome(mutant, status, detail, time.monotonic() - start, message)
 
 
 def judge(mutant: Mutant, run: TestRun) -> tuple[str, str]:
