@@ -72,8 +72,8 @@ class Mutant:
     isa: str = BEST
     ends_process: bool = False
 
-    def apply(self, tree: Path) -> None:
-        """Put the bug into ``tree``.
+    def mutated(self, tree: Path) -> str:
+        """What the file in ``tree`` becomes.
 
         Raises:
             MutationError: where the text is not in exactly one place.
@@ -82,7 +82,7 @@ class Mutant:
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         if (places := before.count(self.text)) != 1:
             raise MutationError(f"{self.name}: its text is in {places} places of {self.file}, expected one")
-        path.write_text(before.replace(self.text, self.replacement), encoding="utf-8")
+        return before.replace(self.text, self.replacement)
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,8 @@ def run_mutants(mutants: Sequence[Mutant], root: Path, jobs: int, limit: float) 
     with tempfile.TemporaryDirectory(prefix="jitmoe-mutants-") as folder:
         original = Path(folder) / "original"
         copy_tree(root, original)
-        for index, mutant in enumerate(mutants):
-            # All of them before any is run, as it takes no time.
-            scratch = Path(folder) / f"applies-{index}" / mutant.file
-            scratch.parent.mkdir(parents=True)
-            shutil.copy2(original / mutant.file, scratch)
-            mutant.apply(Path(folder) / f"applies-{index}")
+        for mutant in mutants:
+            mutant.mutated(original)  # all of them before any is run: one that does not fit is soon found
         prove_tests_pass(mutants, original, cache, limit * len(mutants))
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(run_mutant, mutant, original, cache, limit) for mutant in mutants]
@@ -187,7 +183,7 @@ def run_mutant(mutant: Mutant, original: Path, cache: Path, limit: float) -> Out
     with tempfile.TemporaryDirectory(prefix=f"jitmoe-{mutant.name}-") as folder:
         tree = Path(folder) / "tree"
         copy_tree(original, tree)
-        mutant.apply(tree)
+        (tree / mutant.file).write_text(mutant.mutated(original), encoding="utf-8")
         run = run_tests(tree, mutant.tests, mutant.isa, cache, limit, "-x")
     status, detail = judge(mutant, run)
     message = run.failed[0][1].partition("\n")[0] if run.failed else ""
