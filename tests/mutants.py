@@ -151,7 +151,8 @@ MUTANTS = (
         "        for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;\n",
         "        (void)row;\n",
         ("test_faults_values.py::test_nan_in_the_scratch",),
-        "Gathered rows are not padded with zeros.",
+        "Gathered rows are not padded with zeros: where columns are taken in pairs, the last one's partner is stale.",
+        isa="avx512_bf16",
     ),
     Mutant(
         "gather_beyond_hidden",
