@@ -156,7 +156,11 @@ def run_mutants(mutants: Sequence[Mutant], root: Path, jobs: int, limit: float) 
         prove_tests_pass(mutants, original, cache, limit * len(mutants))
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(run_mutant, mutant, original, cache, limit) for mutant in mutants]
-            return _collect(futures)
+            try:
+                return _collect(futures)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # an interrupt waits for those under way, and begins no other
+                raise
 
 
 def _collect(futures: Sequence[Future[Outcome]]) -> list[Outcome]:
