@@ -1,6 +1,7 @@
 # make demo   set everything up and fine-tune a small model      make test    set up and run the tests
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
+# make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize check format setup clean compiler
+.PHONY: demo test test-slow sanitize mutants check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -28,6 +29,10 @@ sanitize: setup compiler
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -m "not slow" -o cache_dir=out/sanitize tests/test_matrix.py tests/test_amx.py \
 	  -k "(ragged_65 or no_lora or tails or padding) and not avx2 and not groups"
+
+# Some: python tests/mutants.py NAME ...
+mutants: setup compiler
+	$(BIN)/python tests/mutants.py
 
 check: setup
 	$(BIN)/ruff format --check .

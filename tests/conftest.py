@@ -15,12 +15,27 @@ GOLDEN_DIR = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption(
+        "--isa", help="of the tests for one instruction set run those for this one; 'best' of this machine"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Kept between runs, so that only changed kernels are compiled again, and apart from the user's own
     # cache. A test that examines the cache itself takes the `cold_cache` fixture instead.
     os.environ["JITMOE_CACHE_DIR"] = str(config.cache.mkdir("jitmoe") / "kernels")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--isa")
+    if not wanted:
+        return
+    import helpers
+
+    helpers.only_isa = helpers.usable_isas()[0] if wanted == "best" else wanted
+    others = [item for item in items if any(mark.args[0] != helpers.only_isa for mark in item.iter_markers("isa"))]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

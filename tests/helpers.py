@@ -22,6 +22,9 @@ NATIVE = tuple(isa for isa in ISAS if isa not in EMULATED)
 EVERY_ISA = pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in NATIVE])
 """Runs a test on each instruction set; skipped, with the reason, where this CPU lacks it."""
 
+only_isa: str | None = None
+"""The instruction set of ``--isa``; kernels of others are compiled where a test asks for them, not beforehand."""
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by the bytes of an element."""
 
@@ -32,6 +35,10 @@ def case_named(name: str) -> Case:
 
 def usable_isas() -> list[str]:
     return [found.isa for found in cpu.capabilities() if found.usable and found.isa in NATIVE]
+
+
+def isas_to_build() -> list[str]:
+    return [isa for isa in usable_isas() if only_isa in (None, isa)]
 
 
 def any_shape(isa: str | None = None) -> Shape:
@@ -84,7 +91,7 @@ def set_lora(layer: MoELayer, inputs: Inputs) -> None:
 
 def build_kernels(cases: Iterable[Case], isas: Iterable[str] | None = None) -> None:
     """Compile in parallel what the calling tests would otherwise compile one by one."""
-    wanted = usable_isas() if isas is None else list(isas)
+    wanted = isas_to_build() if isas is None else list(isas)
     build([config_of(case, isa) for case in cases for isa in wanted], progress=False)
 
 

@@ -20,6 +20,7 @@ from jitmoe import MoELayer, experts, plan, workspace
 from jitmoe.memory import CallSize, ScratchPlan
 from jitmoe.reference import LoraTensors
 from jitmoe.route import route
+from jitmoe.yardstick import judge_one
 
 ISA = usable_isas()[0]
 WIDE = Case("wide", experts=3, hidden=300, intermediate=290, top_k=2, rank=8, tokens=24)
@@ -126,24 +127,42 @@ def test_only_the_first_256_columns_packed(inputs: Inputs) -> None:
 def test_silu_evaluated_wrongly(inputs: Inputs) -> None:
     """A polynomial of e^x with its coefficients in the wrong order: up to 11 % off, in a range no test had values in.
 
-    Gate takes 290 values over the whole range where silu is not x or 0; up is one and down the identity.
+    Gate takes 145 values over the whole range where silu is not x or 0, and 145 where it bends; up is one and down the
+    identity. The result is silu in bfloat16. The slope comes out in float32, as the gradient of a gate B that a one
+    is multiplied with, and shows what bfloat16 hides.
     """
-    hidden, intermediate = WIDE.hidden, WIDE.intermediate
-    gates = torch.linspace(-30, 30, intermediate).bfloat16()
+    intermediate = WIDE.intermediate
+    gates = torch.cat([torch.linspace(-end, end, intermediate // 2) for end in (30, 4)]).bfloat16()
     base = {name: torch.zeros_like(getattr(inputs, name)) for name in ("gate_proj", "up_proj", "down_proj")}
     base["gate_proj"][:, :, 0] = gates
     base["up_proj"][:, :, 1] = 1
-    base["down_proj"][:] = torch.eye(hidden, intermediate, dtype=torch.bfloat16)
-    x = torch.zeros_like(inputs.x)
+    base["down_proj"][:] = torch.eye(WIDE.hidden, intermediate, dtype=torch.bfloat16)
+    x, dout, weights = map(torch.zeros_like, (inputs.x, inputs.dout, inputs.weights))
     x[:, :2] = 1
-    weights = torch.zeros_like(inputs.weights)
+    dout[0] = 1
     weights[:, 0] = 1
     lora = LoraTensors(*map(torch.zeros_like, inputs.lora))
-    layer = wide_layer(replace(inputs, lora=lora, **base))
-    out = layer(x, inputs.topk_ids, weights)[:, :intermediate].double()
-    exact = torch.nn.functional.silu(gates.double())
+    lora.gate_lora_a[:, 0, 0] = 1 / WIDE.scale
+    special = replace(inputs, x=x, dout=dout, weights=weights, lora=lora, **base)
+    results = results_of_layer(wide_layer(special), special)
+
+    out = results["out"][:, :intermediate].double()
+    exact, _ = silu_and_slope(gates.double())
     half_ulp = 2.0**-8 * (1 + 2.0**-10)  # one rounding to bfloat16, after some of float32
     assert ((out - exact).abs() <= half_ulp * exact.abs()).all()
+
+    bends = slice(intermediate // 2, intermediate)
+    slope = results["gate_lora_b"][inputs.topk_ids[0, 0], bends, 0]
+    _, exact = silu_and_slope(gates[bends].double())
+    torchs = silu_and_slope(gates[bends].float())[1] - exact
+    verdict = judge_one("slope", slope, exact, [torchs], torch.ones_like(slope, dtype=torch.bool), coarse=True)
+    assert not verdict.fault, verdict
+
+
+def silu_and_slope(gates: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = gates.clone().requires_grad_()
+    value = torch.nn.functional.silu(leaf)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("names", [("gate_lora_a", "up_lora_a", "down_lora_a"), ("gate_lora_b",), ("up_lora_b",),

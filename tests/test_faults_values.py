@@ -244,3 +244,33 @@ class TestExtremes:
             torch.set_flush_denormal(False)
             torch.set_num_threads(threads)
         assert [different(results, expected) for results in found] == [[], [], []]
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_are_rounded_once_and_ties_to_even(isa: str, dtype: torch.dtype) -> None:
+    """Results and gradients halfway between two bfloat16 numbers, which float32 holds: random ones hardly ever are.
+
+    x is the first unit vector. Gates are 32, where silu is exactly its argument and its derivative exactly 1; ups are
+    1. Each sum that follows has two terms, a bfloat16 number of eight bits and half a unit of its last one.
+    """
+    numbers = 1 + torch.arange(NO_LORA.hidden) / 2**7
+    half = 2.0**-8
+    exact = numbers + half
+    inputs = make_inputs(NO_LORA)
+    gate, up, down = (torch.zeros_like(base) for base in (inputs.gate_proj, inputs.up_proj, inputs.down_proj))
+    gate[:, :2, 0] = 32
+    up[:, :2, 0] = 1
+    up[:, 0, 1:] = numbers[1:] / 32
+    up[:, 1, 1:] = 1 / 32
+    down[:, :, 0] = numbers / 32
+    down[:, :, 1] = half / 32
+    x, dout = (torch.zeros_like(inputs.x, dtype=dtype) for _ in range(2))
+    x[:, 0] = 1
+    dout[:, 0] = 32
+    weights = torch.tensor([1.0, 0.0]).repeat(NO_LORA.tokens, 1)
+    special = replace(inputs, x=x, dout=dout, weights=weights, gate_proj=gate, up_proj=up, down_proj=down)
+    results = results_of_layer(layer_of(special, isa), special)
+    assert not torch.equal(exact.bfloat16().float(), exact)
+    assert same_bits(results["out"], exact.to(dtype).expand_as(x))
+    assert same_bits(results["x"][:, 1:], exact[1:].to(dtype).expand_as(x[:, 1:]))

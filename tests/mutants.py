@@ -1,0 +1,428 @@
+"""The seeded bugs: each is put into a scratch copy of the tree, and the tests that are named for it must fail there.
+
+    make mutants                                        all of them
+    python tests/mutants.py stale_lora_b ties_away      some
+    python tests/mutants.py --list                      what they are
+
+One that survives is a hole in the tests. Each is a slip of a line or so that compiles and runs; many were made in the
+ancestor of this library, and those are to be caught by the test of their name in test_ancestor.py.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from mutation import Mutant, MutationError, Outcome, run_mutants
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 240.0
+"""Seconds for the tests of one mutant, its kernels compiled among them."""
+
+MUTANTS = (
+    Mutant(
+        "sums_twice",
+        "templates/parallel.hpp",
+        "#pragma omp for schedule(dynamic)\n  for (int64_t first = 0; first < strips;",
+        "  for (int64_t first = 0; first < strips;",
+        ("test_ancestor.py::test_output_doubled_where_partitions_are_summed_twice",),
+        "Every thread adds every strip to the token sums.",
+    ),
+    Mutant(
+        "two_writers_of_a_gradient",
+        "templates/parallel.hpp",
+        "#pragma omp for schedule(dynamic, kNeighbours)\n",
+        "",
+        ("test_ancestor.py::test_output_doubled_where_partitions_are_summed_twice",),
+        "No strip of I belongs to one thread: all add to the gradients of down A, gate B and up B.",
+    ),
+    Mutant(
+        "threads_in_their_own_order",
+        "templates/parallel.hpp",
+        "    for (int64_t s = 0; s < group.count; ++s)\n      for (int64_t strip = first; strip < end; ++strip) {\n",
+        "    for (int64_t n = 0; n < group.count; ++n)\n"
+        "      for (int64_t strip = first; strip < end; ++strip) {\n"
+        "        const int64_t s = (n + omp_get_thread_num()) % group.count;\n",
+        ("test_threads.py::test_same_bits_for_any_number_of_threads_and_every_run",),
+        "Each thread begins at an expert of its own, so the order of a token's sum depends on who computes it.",
+    ),
+    Mutant(
+        "shared_lora_scratch",
+        "templates/parallel.hpp",
+        "lora(part(call.thread_lora, call.lora_stride)),",
+        "lora(call.thread_lora),",
+        ("test_checked.py::TestNothingElseChanges::test_same_bits",),
+        "All threads keep their strip of LoRA in the first one's scratch.",
+    ),
+    Mutant(
+        "float_mode_of_the_caller",
+        "templates/parallel.hpp",
+        "FloatMode() { _mm_setcsr(kDefault); }",
+        "FloatMode() {}",
+        ("test_faults_values.py::TestExtremes::test_flush_to_zero_set_by_another_library",),
+        "Threads keep the flush-to-zero mode that another library set on one of them.",
+    ),
+    Mutant(
+        "gate_and_up_share_a_strip",
+        "templates/backward.hpp",
+        "float* ups = scratch.strip(3, segment.rows);",
+        "float* ups = scratch.strip(2, segment.rows);",
+        ("test_ancestor.py::test_gradient_of_up_zero_because_gate_and_up_shared_scratch",),
+        "dgate and dup are kept in one strip of scratch.",
+    ),
+    Mutant(
+        "base_gradient_lost",
+        "templates/backward.hpp",
+        "start.zero = false;",
+        "start.zero = call.rank > 0;",
+        ("test_ancestor.py::test_gradient_of_x_without_the_base_where_lora_flows",),
+        "With LoRA, up's product begins at zero instead of at gate's, and half of dx is lost.",
+    ),
+    Mutant(
+        "recomputed_the_wrong_way_round",
+        "templates/backward.hpp",
+        "gate_of(segment, strip), up_of(segment, strip), nullptr);",
+        "up_of(segment, strip), gate_of(segment, strip), nullptr);",
+        ("test_ancestor.py::test_recomputing_drew_another_dropout_mask",),
+        "What backward computes again is not what forward had: gate and up change places.",
+    ),
+    Mutant(
+        "padding_kept",
+        "templates/backward.hpp",
+        "strip[i] = to_float(saved[i]);\n    clear_padding(strip, rows, columns);\n",
+        "strip[i] = to_float(saved[i]);\n",
+        ("test_faults_values.py::test_nan_in_the_padding_of_the_weights",),
+        "Columns of gate and up behind the last one of I are not cleared.",
+    ),
+    Mutant(
+        "unweighted_gate_gradient",
+        "templates/backward.hpp",
+        "gates[c] = weight * out[c] * result.by_gate;",
+        "gates[c] = out[c] * result.by_gate;",
+        ("test_ancestor.py::test_x_kept_in_expert_order_and_read_in_token_order",),
+        "dgate lacks the routing weight.",
+    ),
+    Mutant(
+        "weighted_dot",
+        "templates/backward.hpp",
+        "out[c] = out[c] * a;",
+        "out[c] = weight * out[c] * a;",
+        ("test_faults_inputs.py::TestOddRoutingWeights",),
+        "The gradient of a routing weight has the weight itself as a factor.",
+    ),
+    Mutant(
+        "gradient_of_x_rounded",
+        "templates/backward.hpp",
+        "      this->add_to_tokens(segment, strip, sum, 0);",
+        "      for (int64_t i = 0; i < segment.rows * kStrip; ++i) sum[i] = round_to_bf16(sum[i]);\n"
+        "      this->add_to_tokens(segment, strip, sum, 0);",
+        ("test_faults_values.py::test_sums_are_rounded_once_and_ties_to_even",),
+        "Each slot's part of dx is rounded before the sum over the slots, which is rounded again.",
+    ),
+    Mutant(
+        "activation_saved",
+        "templates/forward.hpp",
+        "store_bf16(gates, segment.rows, gate);",
+        "for (int64_t i = 0; i < segment.rows * kStrip; ++i) gate[i] = to_bf16(silu(gates[i]));",
+        ("test_ancestor.py::test_values_before_and_after_the_activation_mixed",),
+        "silu(gate) is saved and taken for gate.",
+    ),
+    Mutant(
+        "gate_and_up_swapped",
+        "templates/forward.hpp",
+        "silu(gates[i]) * ups[i]",
+        "silu(ups[i]) * gates[i]",
+        ("test_ancestor.py::test_gradient_of_up_zero_because_gate_and_up_shared_scratch",),
+        "The activation is applied to up.",
+    ),
+    Mutant(
+        "down_rounded",
+        "templates/forward.hpp",
+        "    add_to_tokens(segment, strip, result, 1);",
+        "    for (int64_t i = 0; i < segment.rows * kStrip; ++i) result[i] = round_to_bf16(result[i]);\n"
+        "    add_to_tokens(segment, strip, result, 1);",
+        ("test_faults_values.py::test_sums_are_rounded_once_and_ties_to_even",),
+        "Each slot's part of the result is rounded before the sum over the slots, which is rounded again.",
+    ),
+    Mutant(
+        "stale_odd_column",
+        "templates/forward.hpp",
+        "        for (int64_t c = S.hidden; c < stride; ++c) scratch.rows[row * stride + c] = 0;\n",
+        "        (void)row;\n",
+        ("test_faults_values.py::test_nan_in_the_scratch",),
+        "Gathered rows are not padded with zeros: where columns are taken in pairs, the last one's partner is stale.",
+        isa="avx512_bf16",
+    ),
+    Mutant(
+        "gather_beyond_hidden",
+        "templates/forward.hpp",
+        "call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,",
+        "call.row_token + block.row, block.rows, 0, stride, scratch.rows,",
+        ("test_faults_memory.py::test_no_byte_beyond_any_tensor_is_touched",),
+        "The gather reads up to 31 columns of the next token, and beyond the last one.",
+        ends_process=True,
+    ),
+    Mutant(
+        "scale_missing",
+        "templates/lora.hpp",
+        "      const float value = low[r * S.m_step + row] * scale;\n      low[r * S.m_step + row] = value;\n",
+        "      const float value = low[r * S.m_step + row];\n      low[r * S.m_step + row] = value * scale;\n",
+        ("test_ancestor.py::test_gradient_of_up_zero_because_gate_and_up_shared_scratch",),
+        "The gradients of A and B lack LoRA's scale.",
+    ),
+    Mutant(
+        "stale_rows",
+        "templates/lora.hpp",
+        "return grad[(column + c) * rank + r]; }, natural);\n"
+        "  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);",
+        "return grad[(column + c) * rank + r]; }, natural);\n"
+        "  Gemm::outer(low_rows, rank, rank, strip, round_up(rows, 4), scratch);",
+        ("test_ancestor.py::test_stale_rows_of_an_earlier_batch_leak_into_sums",),
+        "The gradients of B sum rows in fours, with those behind the last one as they are.",
+    ),
+    Mutant(
+        "last_group_wins",
+        "templates/lora.hpp",
+        "[&](int64_t c, int64_t r) { return grad[r * width + column + c]; }",
+        "[&](int64_t, int64_t) { return 0.0f; }",
+        ("test_matrix.py::test_cut_into_many_groups",),
+        "The gradients of A begin at zero in every group of rows.",
+    ),
+    Mutant(
+        "first_256_columns",
+        "templates/pack.hpp",
+        "tile < strip_elements / kTileElements; ++tile)",
+        "tile < smaller(strip_elements / kTileElements, 2 * 256 / kKStep); ++tile)",
+        ("test_ancestor.py::test_only_the_first_256_columns_packed",),
+        "Weights are packed and unpacked up to column 256.",
+    ),
+    Mutant(
+        "silu_coefficient",
+        "templates/activation.hpp",
+        "4.1665795894e-2f",
+        "4.2082453853e-2f",
+        ("test_ancestor.py::test_silu_evaluated_wrongly",),
+        "A coefficient of the polynomial in silu is 1 % too large.",
+    ),
+    Mutant(
+        "nan_rounded",
+        "templates/bf16.hpp",
+        "return (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;",
+        "return rounded;",
+        ("test_faults_values.py::TestExtremes::test_a_nan_of_any_payload_stays_one",),
+        "Rounding to bfloat16 turns some NaNs into zero or infinity.",
+    ),
+    Mutant(
+        "ties_away",
+        "templates/bf16.hpp",
+        "bits + 0x7fff + ((bits >> 16) & 1)",
+        "bits + 0x8000",
+        ("test_faults_values.py::test_sums_are_rounded_once_and_ties_to_even",),
+        "Ties are rounded away from zero instead of to even.",
+    ),
+    Mutant(
+        "whole_last_k_step_of_pairs",
+        "templates/gemm_avx512_bf16.hpp",
+        "const int64_t here = smaller(kKStep, k - block * kKStep);",
+        "const int64_t here = kKStep;",
+        ("test_ancestor.py::test_nan_crosses_from_row_to_row_in_a_tail_of_k",),
+        "The last K-step is always 32 columns.",
+        isa="avx512_bf16",
+    ),
+    Mutant(
+        "whole_last_k_step",
+        "templates/gemm_f32.hpp",
+        "smaller(count * kKStep, k - first * kKStep)",
+        "count * kKStep",
+        ("test_ancestor.py::test_nan_crosses_from_row_to_row_in_a_tail_of_k",),
+        "The last K-step is always 32 columns.",
+        isa="avx2",
+    ),
+    Mutant(
+        "gradient_of_x_as_bfloat16",
+        "jitmoe/autograd.py",
+        "({} if x_grad is None else _result(x_grad))",
+        '({} if x_grad is None else {"result": x_grad})',
+        ("test_ancestor.py::test_gradient_of_x_taken_for_another_dtype",),
+        "The gradient of a float32 x is written as bfloat16.",
+    ),
+    Mutant(
+        "x_in_expert_order",
+        "jitmoe/autograd.py",
+        "ctx.save_for_backward(x, weights,",
+        "ctx.save_for_backward(x[context.route.row_token][:tokens], weights,",
+        ("test_ancestor.py::test_x_kept_in_expert_order_and_read_in_token_order",),
+        "x is saved in the order of the experts and read in that of the tokens.",
+    ),
+    Mutant(
+        "one_place_for_gate_and_up",
+        "jitmoe/autograd.py",
+        "saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))",
+        "saved = vars(context.config).setdefault(\n"
+        "                'saved', tuple(torch.empty(*extent, dtype=torch.bfloat16) for _ in range(2))\n"
+        "            )",
+        ("test_ancestor.py::test_a_second_forward_overwrites_what_the_first_one_saved",),
+        "Gate and up are saved once a layer instead of once a call.",
+    ),
+    Mutant(
+        "stale_lora_b",
+        "jitmoe/layer.py",
+        "return [tensor.contiguous() for tensor in lora]",
+        "return [\n"
+        '            self.__dict__.setdefault(f"_{name}", tensor.clone()) if name.endswith("_b") else tensor\n'
+        "            for name, tensor in zip(LORA_NAMES, lora, strict=True)\n"
+        "        ]",
+        ("test_ancestor.py::test_an_update_of_lora_seen_by_a_but_not_by_b",),
+        "B is copied in the first call, and an optimizer's step is not seen.",
+    ),
+    Mutant(
+        "strides_ignored",
+        "jitmoe/layer.py",
+        "x.reshape(-1, hidden).contiguous().resolve_neg()",
+        "x.reshape(-1, hidden).resolve_neg()",
+        ("test_faults_inputs.py::test_odd_strides_are_right",),
+        "A transposed x is read as if its rows were contiguous.",
+    ),
+    Mutant(
+        "broken_seal",
+        "jitmoe/layer.py",
+        "self._seal.check(name, tensor)",
+        "self._seal.close(name, tensor)",
+        ("test_pack.py::TestSeal",),
+        "A write to the packed weights is taken for right.",
+    ),
+    Mutant(
+        "writes_not_counted",
+        "jitmoe/pack.py",
+        "        increment_version(packed)  #",
+        "        pass  #",
+        ("test_layer.py::TestState::test_a_base_loaded_between_forward_and_backward_is_an_error",),
+        "Packing does not tell torch that it writes, so backward multiplies with weights that forward did not have.",
+    ),
+    Mutant(
+        "skipped_slots_computed",
+        "jitmoe/route.py",
+        "ids = np.ascontiguousarray(topk_ids)",
+        "ids = np.clip(topk_ids, 0, num_experts - 1) if allow_skip else np.ascontiguousarray(topk_ids)",
+        ("test_ancestor.py::test_a_slice_of_the_config_keeps_lora",),
+        "Slots of experts held elsewhere are computed by the nearest one here.",
+    ),
+    Mutant(
+        "rows_of_distinct_tokens",
+        "jitmoe/experts.py",
+        "groups.segment_rows, self.rank,",
+        "min(groups.segment_rows, self.tokens), self.rank,",
+        ("test_ancestor.py::test_scratch_too_small_where_an_expert_repeats_within_a_token",),
+        "Scratch has no room for an expert that a token chose twice.",
+    ),
+    Mutant(
+        "forked_child_waits",
+        "jitmoe/experts.py",
+        "return 1 if _Fork.happened else threads",
+        "return threads",
+        ("test_threads.py::TestFork::test_even_where_the_child_asks_for_threads",),
+        "A forked child waits for OpenMP threads that only its parent has.",
+    ),
+    Mutant(
+        "short_life",
+        "jitmoe/memory.py",
+        '_panel("act_panel", shape, size, shape.intermediate, gate_up, down),',
+        '_panel("act_panel", shape, size, shape.intermediate, gate_up, down_low),',
+        ("test_checked.py::TestNothingElseChanges::test_same_bits",),
+        "The activation's panel is given away a step before it is last read, though nothing wants its place yet.",
+    ),
+    Mutant(
+        "short_life_of_what_is_overwritten",
+        "jitmoe/memory.py",
+        '"float32", act_grad, low_grads),',
+        '"float32", act_grad, act_grad),',
+        ("test_memory.py::test_buffers_that_may_share_can_share",),
+        "The parts of the routing weights' gradient are given away before they are added up.",
+    ),
+    Mutant(
+        "lives_half_open",
+        "jitmoe/memory.py",
+        "return self.first <= other.last and other.first <= self.last",
+        "return self.first < other.last and other.first < self.last",
+        ("test_memory.py::test_placed_buffers_never_share_while_alive",),
+        "Placement and proof both forget the last step of a life.",
+    ),
+    Mutant(
+        "half_a_proof",
+        "jitmoe/memory.py",
+        "overlap and one.buffer.meets(other.buffer) and",
+        "overlap and one.buffer.first == other.buffer.first and",
+        ("test_memory.py::test_a_shortened_lifetime_is_really_lost_in_this_example",),
+        "The proof compares only buffers that are born together.",
+    ),
+    Mutant(
+        "arena_lent_twice",
+        "jitmoe/workspace.py",
+        "self._free.pop() if self._free else None",
+        "self._free[-1] if self._free else None",
+        ("test_memory.py::TestArenas::test_two_at_once_get_two",),
+        "Two calls at once compute in one arena.",
+    ),
+    Mutant(
+        "digest_not_compared",
+        "jitmoe/cache.py",
+        'if meta.get("key") == key and _is_intact(directory, meta) else None',
+        'if meta.get("key") == key else None',
+        ("test_build.py::TestDamage::test_a_damaged_entry_is_set_aside_and_built_again",),
+        "A damaged library is loaded.",
+    ),
+    Mutant(
+        "templates_not_in_the_key",
+        "jitmoe/build.py",
+        "encoded += [name.encode(), content]",
+        "encoded += [name.encode()]",
+        ("test_build.py::TestKey",),
+        "An edited template runs as it was compiled before.",
+    ),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Judge the mutants named in ``arguments``, or all; 0 if every one that can run here was killed."""
+    parser = argparse.ArgumentParser(description="Put seeded bugs into copies of the tree; the tests must catch each.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a mutant; all of them where none is named")
+    parser.add_argument("--list", action="store_true", help="print what they are, and run none")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}; see --list")
+    chosen = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
+    if options.list:
+        print("\n".join(f"{mutant.name:{WIDTH}}{mutant.file:{WIDTH}}{mutant.bug}" for mutant in chosen))
+        return 0
+    start = time.monotonic()
+    try:
+        outcomes = run_mutants(chosen, ROOT, options.jobs, LIMIT)
+    except MutationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(outcomes))
+    killed = sum(outcome.status == "killed" for outcome in outcomes)
+    print(f"{killed} of {len(outcomes)} killed in {time.monotonic() - start:.0f} s")
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+WIDTH = 2 + max(len(mutant.name) for mutant in MUTANTS)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line for each: name, seconds, and the test that caught it or what happened instead."""
+    lines = [f"{'mutant':{WIDTH}}seconds  caught by"]
+    for outcome in outcomes:
+        caught = (
+            outcome.detail if outcome.status == "killed" else f"{outcome.status.upper()}: {outcome.detail.lstrip()}"
+        )
+        lines.append(f"{outcome.mutant.name:{WIDTH}}{outcome.seconds:7.0f}  {caught}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
