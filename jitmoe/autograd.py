@@ -1,6 +1,7 @@
 """The experts as one differentiable torch function."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from jitmoe import experts, tracing
 from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
-from jitmoe.memory import saved_shape
+from jitmoe.memory import Saved, saved_tensors
 from jitmoe.pack import version_of
 from jitmoe.plan import Shape
 from jitmoe.route import Route
+from jitmoe.workspace import PAGE, blocks
 
-SAVED_NAMES = ("saved_gate", "saved_up")
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -32,6 +33,12 @@ class CallContext:
     packed: dict[str, torch.Tensor]
     versions: tuple[int, ...]
     saves: bool
+
+    def saved_tensors(self) -> tuple[Saved, ...]:
+        """What forward leaves for backward beside its inputs."""
+        if not self.saves or self.config.recompute:
+            return ()
+        return saved_tensors(self.config.intermediate_size, self.route.row_token.size, self.config.lora_rank)
 
     def expert_call(self, weights: torch.Tensor, tokens: int) -> experts.ExpertCall:
         """Sizes and routing of the call; [S] routing weights in the order of the rows."""
@@ -66,8 +73,9 @@ def _memory_errors() -> Iterator[None]:
 class MoEFunction(torch.autograd.Function):
     """x [T, H], routing weights [T, K] and six LoRA tensors -> out [T, H].
 
-    Saves its inputs, and gate and up before the activation in bfloat16 (4 I bytes a row) unless
-    ``config.recompute``; everything is kept per call, so any order of backwards is right.
+    Saves its inputs and, unless ``config.recompute``, gate and up before the activation in bfloat16 and the three
+    low-rank products in float32 (4 I + 12 r bytes a row); everything is kept per call, so any order of backwards is
+    right.
     """
 
     @staticmethod
@@ -77,17 +85,13 @@ class MoEFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """Run the experts; see the class."""
         tokens, hidden = x.shape
-        out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+        out = empty((tokens, hidden), x.dtype)
         operand = x.to(torch.bfloat16)
-        saved: tuple[torch.Tensor, ...] = ()
-        if context.saves and not context.config.recompute:
-            rows = context.route.row_token.size
-            extent = saved_shape(context.shape.intermediate, rows)
-            saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-        tensors = _inputs(context, operand, lora) | _result(out) | dict(zip(SAVED_NAMES, saved, strict=False))
+        saved = {s.name: empty(s.shape, getattr(torch, s.dtype)) for s in context.saved_tensors()}
+        tensors = _inputs(context, operand, lora) | _result(out) | saved
         tracing.forward(context.expert_call(weights, tokens), _addresses(tensors))
         ctx.context = context
-        ctx.save_for_backward(x, weights, *lora, *saved)
+        ctx.save_for_backward(x, weights, *lora, *saved.values())
         return out
 
     @staticmethod
@@ -102,17 +106,21 @@ class MoEFunction(torch.autograd.Function):
             raise WeightsChangedError(
                 "base weights were loaded or written between forward and backward: run forward again"
             )
-        lora, saved = rest[:count], rest[count:]
+        lora = rest[:count]
+        saved = {s.name: tensor for s, tensor in zip(context.saved_tensors(), rest[count:], strict=True)}
         operand, out_operand = (t.to(torch.bfloat16).contiguous().resolve_neg() for t in (x, out_grad))
-        x_grad = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        x_grad = empty(x.shape, x.dtype) if ctx.needs_input_grad[1] else None
         weights_grad = torch.zeros_like(weights, dtype=torch.float32, memory_format=torch.contiguous_format)
         wanted = ctx.needs_input_grad[3:]
-        lora_grads = [torch.zeros_like(p, dtype=torch.float32) for p in lora] if any(wanted) else []
+        lora_grads = [empty(p.shape, torch.float32) for p in lora] if any(wanted) else []
+        for begin, end in context.route.absent(context.config.num_experts):
+            for grad in lora_grads:
+                grad[begin:end].zero_()
         tensors = (
             _inputs(context, operand, lora)
             | ({} if x_grad is None else _result(x_grad))
             | {f"{name}_grad": grad for name, grad in zip(LORA_NAMES, lora_grads, strict=False)}
-            | dict(zip(SAVED_NAMES, saved, strict=False))
+            | saved
             | {"out_grad": out_operand, "weights_grad": weights_grad}
         )
         tracing.backward(context.expert_call(weights, x.shape[0]), _addresses(tensors))
@@ -123,6 +131,14 @@ class MoEFunction(torch.autograd.Function):
             weights_grad.to(weights.dtype) if ctx.needs_input_grad[2] else None,
             *(results or [None] * count),
         )
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < PAGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.from_numpy(blocks.take(nbytes)).view(dtype).view(shape)
 
 
 def _inputs(context: CallContext, operand: torch.Tensor, lora: Any) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from jitmoe.memory import (
     plan_backward,
     plan_forward,
     row_bytes,
-    saved_shape,
+    saved_tensors,
 )
 from jitmoe.plan import GROUP_BYTES, KernelPlan, group_limit, packed_elements, plan_kernels, worst_extents
 
@@ -350,8 +350,8 @@ def _call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, 
         return held
     start = forward_end + 1
     if not config.recompute:
-        saved = saved_shape(config.intermediate_size, slots)
-        held += [Held(name, saved, "bfloat16", "saved", 1, last) for name in ("saved_gate", "saved_up")]
+        saved = saved_tensors(config.intermediate_size, slots, config.lora_rank)
+        held += [Held(s.name, s.shape, s.dtype, "saved", 1, last) for s in saved]
     held += [
         Held("out.grad", wide, x_dtype, "input", start, last),
         Held("backward row_weight", (slots,), "float32", "transient", start, last - 1),

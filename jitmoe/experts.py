@@ -76,7 +76,10 @@ def forward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = No
 
 
 def backward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = None) -> None:
-    """Backward of the experts; arguments as for :func:`forward`, gradients zero before the call."""
+    """Backward of the experts; arguments as for :func:`forward`.
+
+    The gradient of the routing weights is zero before the call; those of LoRA are left alone for experts without rows.
+    """
     groups = _groups(call, training=True)
     size = call.size(groups)
     wants_x = not addresses.keys().isdisjoint({"result", "result_float"})

@@ -24,7 +24,8 @@ ABI_VERSION = 1
 _POINTERS_IN = """
     x out_grad gate_weights up_weights down_weights gate_lora_a gate_lora_b up_lora_a up_lora_b
     down_lora_a down_lora_b gate_lora_a_grad gate_lora_b_grad up_lora_a_grad up_lora_b_grad
-    down_lora_a_grad down_lora_b_grad saved_gate saved_up result result_float weights_grad row_token
+    down_lora_a_grad down_lora_b_grad saved_gate saved_up saved_gate_u saved_up_u
+    saved_down_u result result_float weights_grad row_token
     row_slot row_weight segments group_segments
 """.split()  # noqa: SIM905
 _NUMBERS = ["groups", "tokens", "rows", "rank", "threads"]
@@ -32,9 +33,9 @@ _FUNCTIONS = ["gather_rows", "sum_rows"]
 SCRATCH = """
     sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low gate_low_rows
     up_low_rows down_low_rows gate_in_rows up_in_rows down_in_rows dot_parts group_gate group_up
-    thread_weights thread_strips thread_rows thread_lora thread_block
+    thread_weights thread_strips thread_rows thread_lora
 """.split()  # noqa: SIM905
-_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "lora_stride", "block_stride"]
+_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "lora_stride"]
 STEPS = """
     gather pack low_rank gate_up activation down combine act_grad x_grad lora_grads sums
 """.split()  # noqa: SIM905

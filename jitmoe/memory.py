@@ -116,12 +116,15 @@ def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -
     """Scratch of a backward call; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
     load, gate_up, act_grad, low_grads, last = range(5)
     strips = ceil_div(shape.intermediate, N_STRIP)
+    # Of gate and up: u where it is computed again, then the gradients of u. Of down: these, then u again.
+    low = {name: (load if recompute else low_grads, last) for name in ("gate_low", "up_low")}
+    low |= {"down_low": (load, low_grads if recompute else act_grad)}
     buffers = [
         _panel("out_panel", shape, size, shape.hidden, load, act_grad),
         _panel("gate_panel", shape, size, shape.intermediate, act_grad, last),
         _panel("up_panel", shape, size, shape.intermediate, act_grad, last),
         Buffer("dot_parts", (size.rows, strips), "float32", act_grad, low_grads),
-        *_low_rank(shape, size, {"gate_low": (load, last), "up_low": (load, last), "down_low": (load, low_grads)}),
+        *_low_rank(shape, size, low),
         *_thread_buffers(
             shape,
             size,
@@ -132,28 +135,47 @@ def plan_backward(shape: Shape, size: CallSize, x_grad: bool, recompute: bool) -
     ]
     if size.rank:
         lives = {
-            "gate_in_rows": (load, act_grad),
-            "up_in_rows": (load, act_grad),
             "down_low_rows": (load, act_grad),
             "gate_low_rows": (low_grads, last),
             "up_low_rows": (low_grads, last),
-            "down_in_rows": (low_grads, last),
         }
+        if recompute:
+            lives |= {
+                "gate_in_rows": (load, act_grad),
+                "up_in_rows": (load, act_grad),
+                "down_in_rows": (low_grads, last),
+            }
+            buffers.append(_panel("act_panel", shape, size, shape.intermediate, gate_up, low_grads))
         buffers += [Buffer(name, (size.rows, size.rank), "float32", *life) for name, life in lives.items()]
-        buffers.append(_panel("act_panel", shape, size, shape.intermediate, act_grad, low_grads))
     if recompute:
         buffers.append(_panel("x_panel", shape, size, shape.hidden, load, gate_up))
         group = saved_shape(shape.intermediate, size.rows)
         buffers += [Buffer(name, group, "bfloat16", gate_up, act_grad) for name in ("group_gate", "group_up")]
-    elif size.rank:
-        buffers.append(Buffer("thread_block", (size.threads, _block_items(shape)), "float32", load, load))
     if x_grad:
         buffers.append(_sums(shape, size, last))
     return prove(place(buffers, canary_bytes(shape)))
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What forward keeps of one intermediate for backward."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def saved_tensors(intermediate: int, rows: int, rank: int) -> tuple[Saved, ...]:
+    """What forward keeps: gate and up before the activation, strip by strip, and the low-rank rows of all three."""
+    strips = saved_shape(intermediate, rows)
+    saved = [Saved(name, strips, "bfloat16") for name in ("saved_gate", "saved_up")]
+    if rank:
+        saved += [Saved(f"saved_{name}_u", (rows, rank), "float32") for name in ("gate", "up", "down")]
+    return tuple(saved)
+
+
 def saved_shape(intermediate: int, rows: int) -> tuple[int, int, int]:
-    """Shape of gate, and of up, as they are kept for backward: bfloat16, strip by strip."""
+    """Shape of gate, and of up, as they are kept for backward: strip by strip."""
     return ceil_div(intermediate, N_STRIP), rows, N_STRIP
 
 
@@ -175,7 +197,6 @@ def thread_strides(shape: Shape, size: CallSize, strips: int) -> dict[str, int]:
         "strips_stride": strips * max(size.segment_rows, 1) * N_STRIP * 4,
         "rows_stride": _gathered_items(shape, size) * 2,
         "lora_stride": size.rank * N_STRIP * 4,
-        "block_stride": _block_items(shape) * 4,
     }
 
 
@@ -313,7 +334,3 @@ def _weights_items(shape: Shape) -> int:
 def _gathered_items(shape: Shape, size: CallSize) -> int:
     """Whole rows of one block, or 32 columns of a segment: a multiple of a cache line."""
     return max(shape.m_step * round_up(shape.hidden, K_STEP), size.segment_rows * N_STRIP)
-
-
-def _block_items(shape: Shape) -> int:
-    return shape.m_step * round_up(shape.hidden, K_STEP)

@@ -1,6 +1,8 @@
 """Routing: which rows each expert computes, as a stable counting sort of the slots."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -27,6 +29,12 @@ class Route:
     row_token: np.ndarray
     row_slot: np.ndarray
     slot_row: np.ndarray
+
+    def absent(self, num_experts: int) -> Iterator[tuple[int, int]]:
+        """Ranges ``begin, end`` of the experts that have no rows, ascending."""
+        for before, active in pairwise((-1, *self.active.tolist(), num_experts)):
+            if active - before > 1:
+                yield before + 1, active
 
 
 def route(topk_ids: np.ndarray, num_experts: int, allow_skip: bool = False) -> Route:

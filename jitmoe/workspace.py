@@ -1,8 +1,10 @@
-"""Memory of the process: one arena for scratch, grown on demand and shared by all layers."""
+"""Memory of the process: one arena for scratch, grown on demand and shared by all layers; blocks that tensors reuse."""
 
 import mmap
 import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,4 +71,72 @@ class Arenas:
             self._free.clear()
 
 
+class Blocks:
+    """Memory of large tensors that come with a call and go with it or its backward: the next call gets it again.
+
+    The system clears fresh pages at 2 GB/s, slower than the kernels fill them (2026-11-24, two threads of Zen 4). A
+    block is free again when the last tensor in it is gone, so what is held is what tensors once filled at one time.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.uint8]] = []
+        # Tensors die in any thread, also while this one holds the lock: they only append here.
+        self._returned: deque[npt.NDArray[np.uint8]] = deque()
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        """See :class:`Arenas`."""
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """``nbytes`` bytes of any contents, the caller's until the last view of them is gone.
+
+        Raises:
+            MemoryError: as :func:`allocate`.
+        """
+        with self._lock:
+            self._collect()
+            found = self._find(nbytes)
+        block = allocate(nbytes) if found is None else found
+        view = block[:nbytes]
+        weakref.finalize(view, self._returned.append, block).atexit = False
+        return view
+
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that are free now."""
+        with self._lock:
+            self._collect()
+            return sum(block.nbytes for block in self._free)
+
+    def release(self) -> None:
+        """Give all free blocks back to the system."""
+        with self._lock:
+            self._collect()
+            self._free.clear()
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+
+    def _find(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
+        """The smallest free block that fits and is not half empty; else room is made for a new one."""
+        fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
+        if fitting:
+            best = min(fitting, key=lambda block: block.nbytes)
+            self._free = [block for block in self._free if block is not best]
+            return best
+        self._free.sort(key=lambda block: block.nbytes)
+        while nbytes > 0 and self._free:
+            nbytes -= self._free.pop(0).nbytes
+        return None
+
+
 arenas = Arenas()
+blocks = Blocks()
+
+
+def release_memory() -> None:
+    """Give the system what no call and no tensor is using: the process keeps scratch and blocks for the next call."""
+    arenas.release()
+    blocks.release()

@@ -1,9 +1,11 @@
 // Backward with a frozen base: gradients of x, of the routing weights and of the six LoRA parameters.
 //
-//   load        out_grad rows, x rows        -> v_down = s dout B, u = s x A^T
+//   load        out_grad rows                -> v_down = s dout B
 //   act_grad    32 columns of I              -> da, dgate, dup, and the gradients of down A, gate B, up B
-//   low_grads   row blocks                   -> v_gate, v_up = s d B, u_down = s a A^T, dweights
+//   low_grads   row blocks                   -> v_gate, v_up = s d B, dweights
 //   x_grad      32 columns of H              -> dx, and the gradients of gate A, up A, down B
+//
+// With recomputation, load, gate_up and low_grads also compute again what forward would have saved.
 //
 // LoRA gradients are taken where their strip of 32 columns is at hand: each column belongs to one item,
 // and the rows of an expert are added in order, group after group.
@@ -21,6 +23,9 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   bool recomputes() const { return !call.saved_gate; }
   bool wants_lora() const { return call.rank && call.gate_lora_a_grad; }
+  bool needs_acts() const {
+    return recomputes() && wants_lora();
+  }  // once more as forward had them, for s a A^T
 
   bf16* gate_of(const Segment& segment, int64_t strip) const {
     return recomputes() ? group_strip(call.group_gate, segment, strip)
@@ -38,6 +43,15 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     announce<S>(call, access, buffer, group_strip(call.*buffer, segment, strip),
                 segment.rows * kStrip * sizeof(bf16));
   }
+  // s v A^T of some rows: what forward saved, or what this pass computed again.
+  const float* in_rows(float* saved, float* again, int64_t row) const {
+    return recomputes() ? this->low_rows(again, row) : this->saved_rows(saved, row);
+  }
+  template <class Item>
+  void announce_in_rows(Access access, float* Call::* buffer, const Item& item) const {
+    if (recomputes()) this->announce_low_rows(access, buffer, item);
+  }
+
   // One row of parts for each row of the item.
   template <class Item>
   void announce_dot_parts(Access access, const Item& item) const {
@@ -63,29 +77,35 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       if constexpr (kTraced)
         observe_low<S>(call, Observed::down_du, block, this->low(call.down_low, block.index));
     }
-    if (recomputes() || wants_lora()) {
-      announce_x_rows(block);
-      auto* x_block = recomputes() ? this->panel(call.x_panel, block.index, S.hidden)
-                                   : static_cast<typename Base::Operand*>(scratch.block);
-      this->load_x(block, x_block, this->low_rows(call.gate_in_rows, block.row),
+    if (recomputes()) {
+      this->announce_panel(Access::write, &Call::x_panel, block, S.hidden);
+      this->announce_low_rows(Access::write, &Call::gate_in_rows, block);
+      this->announce_low_rows(Access::write, &Call::up_in_rows, block);
+      this->load_x(block, this->low_rows(call.gate_in_rows, block.row),
                    this->low_rows(call.up_in_rows, block.row));
+    } else if constexpr (kTraced) {
+      if (wants_lora()) observe_saved(block);
     }
   }
 
-  void announce_x_rows(const Block& block) const {
-    if (recomputes()) {
-      this->announce_panel(Access::write, &Call::x_panel, block, S.hidden);
-    } else {
-      announce<S>(call, Access::write, &Call::thread_block, scratch.block, call.block_stride);
-    }
-    this->announce_low_rows(Access::write, &Call::gate_in_rows, block);
-    this->announce_low_rows(Access::write, &Call::up_in_rows, block);
+  // What the gradients of LoRA read of forward without computing it again.
+  void observe_saved(const Block& block) const {
+    constexpr int64_t stride = round_up(S.hidden, kKStep);
+    call.gather_rows(call.x, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,
+                     stride);
+    observe_rows<S>(call, Observed::x, block, scratch.rows, stride);
+    const Piece piece{block.row, block.rows, 0, call.rank, call.rank, 1};
+    const int64_t expert = block.segment->expert;
+    observe(call, Observed::gate_u, expert, piece, this->saved_rows(call.saved_gate_u, block.row));
+    observe(call, Observed::up_u, expert, piece, this->saved_rows(call.saved_up_u, block.row));
+    observe(call, Observed::down_u, expert, piece, this->saved_rows(call.saved_down_u, block.row));
   }
 
   void recompute(const Segment& segment, int64_t strip) const {
     announce_group_strip(Access::write, &Call::group_gate, segment, strip);
     announce_group_strip(Access::write, &Call::group_up, segment, strip);
-    this->gate_up(segment, strip, gate_of(segment, strip), up_of(segment, strip), nullptr);
+    this->gate_up(segment, strip, gate_of(segment, strip), up_of(segment, strip),
+                  needs_acts() ? call.act_panel : nullptr);
   }
 
   void act_grad(const Segment& segment, int64_t strip) const {
@@ -103,14 +123,22 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   // out = [out_grad | s out_grad B] . [W_down ; A] for 32 columns of I.
   void down_product(const Segment& segment, int64_t strip, float* out) const {
-    const Start start = this->start_of(segment, call.down_low, this->down_a(segment.expert).along_columns(),
-                                       strip * kStrip, S.intermediate, Gemm::lane);
+    const Start start =
+        start_of_a(segment, call.down_low, this->down_a(segment.expert), strip, S.intermediate);
     const Lap<S> lap(scratch, Step::act_grad);
     const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
     const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
     Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights,
                    start, out, scratch.weights);
     Gemm::settle(out, segment.rows);
+  }
+
+  // The LoRA K-step of 32 columns of a product with A [r, width].
+  Start start_of_a(const Segment& segment, float* low_panel, typename Base::Lora a, int64_t strip,
+                   int64_t width) const {
+    return this->start_of(segment, low_panel, [&](float* lora) {
+      load_columns<S, Gemm>(a, call.rank, strip * kStrip, smaller(kStrip, width - strip * kStrip), lora);
+    });
   }
 
   // Strips 1, 2, 3 become a, dgate and dup, which also go into their panels.
@@ -136,13 +164,12 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = tree_sum<kStrip>(out + at);
     }
     if constexpr (kTraced) {
-      observe_strip(call, Observed::act, segment, strip, S.intermediate, acts);
+      if (!needs_acts()) observe_strip(call, Observed::act, segment, strip, S.intermediate, acts);
       observe_strip(call, Observed::dgate, segment, strip, S.intermediate, gates);
       observe_strip(call, Observed::dup, segment, strip, S.intermediate, ups);
     }
     this->store_panel(gates, segment, column, columns, call.gate_panel);
     this->store_panel(ups, segment, column, columns, call.up_panel);
-    if (wants_lora()) this->store_panel(acts, segment, column, columns, call.act_panel);
   }
 
   void announce_activation(const Segment& segment, int64_t strip) const {
@@ -153,25 +180,31 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     announce_dot_parts(Access::write, segment);
     this->announce_panel(Access::write, &Call::gate_panel, segment, S.intermediate);
     this->announce_panel(Access::write, &Call::up_panel, segment, S.intermediate);
-    if (wants_lora()) {
-      this->announce_panel(Access::write, &Call::act_panel, segment, S.intermediate);
-    }
   }
 
   // Gradients of the three parameters that have I as an axis.
   void add_intermediate_grads(const Segment& segment, int64_t column, int64_t columns) const {
     this->announce_low_rows(Access::read, &Call::down_low_rows, segment);
-    this->announce_low_rows(Access::read, &Call::gate_in_rows, segment);
-    this->announce_low_rows(Access::read, &Call::up_in_rows, segment);
+    announce_in_rows(Access::read, &Call::gate_in_rows, segment);
+    announce_in_rows(Access::read, &Call::up_in_rows, segment);
     const Lap<S> lap(scratch, Step::lora_grads);
     const int64_t rows = segment.rows;
-    const int64_t at = segment.expert * call.rank * S.intermediate;
+    const auto place = [&](float* grad) {
+      return grad_strip(grad, segment, S.intermediate, column, columns);
+    };
     add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), rows, call.rank, scratch.strip(1, rows),
-                     column, columns, S.intermediate, call.down_lora_a_grad + at, scratch.lora);
-    add_b_grad<Gemm>(this->low_rows(call.gate_in_rows, segment.row), rows, call.rank, scratch.strip(2, rows),
-                     column, columns, call.gate_lora_b_grad + at, scratch.lora);
-    add_b_grad<Gemm>(this->low_rows(call.up_in_rows, segment.row), rows, call.rank, scratch.strip(3, rows),
-                     column, columns, call.up_lora_b_grad + at, scratch.lora);
+                     place(call.down_lora_a_grad), scratch.lora);
+    add_b_grad<Gemm>(in_rows(call.saved_gate_u, call.gate_in_rows, segment.row), rows, call.rank,
+                     scratch.strip(2, rows), place(call.gate_lora_b_grad), scratch.lora);
+    add_b_grad<Gemm>(in_rows(call.saved_up_u, call.up_in_rows, segment.row), rows, call.rank,
+                     scratch.strip(3, rows), place(call.up_lora_b_grad), scratch.lora);
+  }
+
+  // 32 columns of the axis of length `width` in the gradient of one expert.
+  GradStrip grad_strip(float* grad, const Segment& segment, int64_t width, int64_t column,
+                       int64_t columns) const {
+    const bool first = &segment == call.segments || (&segment)[-1].expert != segment.expert;
+    return {grad + segment.expert * call.rank * width, column, columns, width, first};
   }
 
   // The reverse of store_bf16, with zeros beyond the edge of the matrix.
@@ -231,11 +264,11 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
       observe_low<S>(call, Observed::gate_du, block, this->low(call.gate_low, block.index));
       observe_low<S>(call, Observed::up_du, block, this->low(call.up_low, block.index));
     }
-    if (wants_lora()) {
+    if (needs_acts()) {
       low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows,
                               S.intermediate, this->down_a(expert).along_columns(), call.rank, this->scale(),
                               this->low(call.down_low, block.index),
-                              this->low_rows(call.down_in_rows, block.row), call.row_weight + block.row);
+                              this->low_rows(call.down_in_rows, block.row), nullptr);
       if constexpr (kTraced)
         observe_low<S>(call, Observed::down_u, block, this->low(call.down_low, block.index));
     }
@@ -248,7 +281,7 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     this->announce_low(Access::write, &Call::up_low, block);
     this->announce_low_rows(Access::write, &Call::gate_low_rows, block);
     this->announce_low_rows(Access::write, &Call::up_low_rows, block);
-    if (wants_lora()) {
+    if (needs_acts()) {
       this->announce_panel(Access::read, &Call::act_panel, block, S.intermediate);
       this->announce_low(Access::write, &Call::down_low, block);
       this->announce_low_rows(Access::write, &Call::down_in_rows, block);
@@ -278,15 +311,12 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   // sum = [dgate | s dgate B] . [W_gate ; A] and the same of up, for 32 columns of H.
   void gate_up_product(const Segment& segment, const Next& next, int64_t strip, float* sum) const {
-    const int64_t column = strip * kStrip;
     const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* following = this->gate_strip(next.expert, 0) + next.strip * kBlockElements;
-    Start start = this->start_of(segment, call.gate_low, this->gate_a(segment.expert).along_columns(), column,
-                                 S.hidden, Gemm::lane);
+    Start start = start_of_a(segment, call.gate_low, this->gate_a(segment.expert), strip, S.hidden);
     multiply_back(segment, call.gate_panel, gate, up, start, sum);
-    start = this->start_of(segment, call.up_low, this->up_a(segment.expert).along_columns(), column, S.hidden,
-                           Gemm::lane);
+    start = start_of_a(segment, call.up_low, this->up_a(segment.expert), strip, S.hidden);
     start.zero = false;
     multiply_back(segment, call.up_panel, up, following, start, sum);
     const Lap<S> lap(scratch, Step::x_grad);
@@ -305,28 +335,31 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   void add_hidden_grads(const Segment& segment, int64_t column, int64_t columns) const {
     this->announce_low_rows(Access::read, &Call::gate_low_rows, segment);
     this->announce_low_rows(Access::read, &Call::up_low_rows, segment);
-    this->announce_low_rows(Access::read, &Call::down_in_rows, segment);
+    announce_in_rows(Access::read, &Call::down_in_rows, segment);
     const Lap<S> lap(scratch, Step::lora_grads);
     float* values = scratch.strip(1, segment.rows);
-    const int64_t at = segment.expert * call.rank * S.hidden;
-    gather_strip(call.x, segment, column, columns, values);
-    add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, S.hidden, call.gate_lora_a_grad + at, scratch.lora);
-    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, S.hidden, call.up_lora_a_grad + at, scratch.lora);
-    gather_strip(call.out_grad, segment, column, columns, values);
-    add_b_grad<Gemm>(this->low_rows(call.down_in_rows, segment.row), segment.rows, call.rank, values, column,
-                     columns, call.down_lora_b_grad + at, scratch.lora);
+    const auto place = [&](float* grad) { return grad_strip(grad, segment, S.hidden, column, columns); };
+    gather_strip(call.x, nullptr, segment, column, columns, values);
+    add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values,
+                     place(call.gate_lora_a_grad), scratch.lora);
+    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values,
+                     place(call.up_lora_a_grad), scratch.lora);
+    gather_strip(call.out_grad, call.row_weight + segment.row, segment, column, columns, values);
+    add_b_grad<Gemm>(in_rows(call.saved_down_u, call.down_in_rows, segment.row), segment.rows, call.rank,
+                     values, place(call.down_lora_b_grad), scratch.lora);
   }
 
-  void gather_strip(const bf16* tokens, const Segment& segment, int64_t column, int64_t columns,
-                    float* strip) const {
+  // 32 columns of the tokens of a segment as float32, times their weights where there are any.
+  void gather_strip(const bf16* tokens, const float* weights, const Segment& segment, int64_t column,
+                    int64_t columns, float* strip) const {
     announce<S>(call, Access::write, &Call::thread_rows, scratch.rows, segment.rows * kStrip * sizeof(bf16));
     call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns,
                      scratch.rows, kStrip);
-    for (int64_t row = 0; row < segment.rows; ++row)
-      for (int64_t c = 0; c < columns; ++c)
-        strip[row * kStrip + c] = to_float(scratch.rows[row * kStrip + c]);
+    for (int64_t row = 0; row < segment.rows; ++row) {
+      const float weight = weights ? weights[row] : 1.0f;
+      for (int64_t c = 0; c < kStrip; ++c)
+        strip[row * kStrip + c] = weight * to_float(scratch.rows[row * kStrip + c]);
+    }
     clear_padding(strip, segment.rows, columns);
   }
 };

@@ -40,7 +40,7 @@ struct Call {
   const void* up_lora_b;
   const void* down_lora_a;  // [E, r, I]
   const void* down_lora_b;  // [E, H, r]
-  float* gate_lora_a_grad;  // zero before the call; all six null if not wanted
+  float* gate_lora_a_grad;  // of experts with rows all written, others not; all six null if not wanted
   float* gate_lora_b_grad;
   float* up_lora_a_grad;
   float* up_lora_b_grad;
@@ -48,6 +48,9 @@ struct Call {
   float* down_lora_b_grad;
   bf16* saved_gate;  // [strips of I, S, 32] before the activation; written by forward where not null
   bf16* saved_up;
+  float* saved_gate_u;  // [S, r] s x A^T; null where saved_gate is
+  float* saved_up_u;
+  float* saved_down_u;  // s a A^T
   bf16* result;         // [T, H] out in forward, the gradient of x in backward; one of the two is null,
   float* result_float;  // both if no gradient of x is wanted
   float* weights_grad;  // [T * K], zero before the call
@@ -78,9 +81,9 @@ struct Call {
   float* gate_low_rows;  // ... and the same as rows [rows, r] for the gradients of A
   float* up_low_rows;
   float* down_low_rows;  // times the routing weight
-  float* gate_in_rows;   // [rows, r] of s x A^T for the gradients of B
+  float* gate_in_rows;   // [rows, r] of s x A^T for the gradients of B, where forward saved none
   float* up_in_rows;
-  float* down_in_rows;  // [rows, r] of s a A^T times the routing weight
+  float* down_in_rows;  // of s a A^T
   float* dot_parts;     // [rows, strips of I] parts of the gradient of the routing weights
   bf16* group_gate;     // [strips of I, rows, 32] gate and up where they are computed again
   bf16* group_up;
@@ -88,12 +91,10 @@ struct Call {
   float* thread_strips;    // strips of float32 columns
   bf16* thread_rows;       // gathered rows
   float* thread_lora;      // [r, 32] of a LoRA matrix
-  void* thread_block;      // one row block of x in backward
   int64_t weights_stride;  // bytes from one thread's part to the next one's
   int64_t strips_stride;
   int64_t rows_stride;
   int64_t lora_stride;
-  int64_t block_stride;
   double* step_seconds;  // [Step::count] thread seconds, added to by a timed instance
   Checks* checks;        // of a checked instance
   double* census;        // see traced.hpp; added to by a traced instance, which runs on one thread

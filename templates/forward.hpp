@@ -31,6 +31,7 @@ struct ForwardSteps {
   }
   float* low(float* base, int64_t block) const { return base + block * call.rank * S.m_step; }
   float* low_rows(float* base, int64_t row) const { return base + (row - group.first_row) * call.rank; }
+  float* saved_rows(float* saved, int64_t row) const { return saved ? saved + row * call.rank : nullptr; }
   float scale() const { return static_cast<float>(call.scale); }
 
   static BlockRange blocks_of(const Block& block) { return {block.index, 1}; }
@@ -99,11 +100,12 @@ struct ForwardSteps {
 
   void load(const Block& block) const {
     announce_panel(Access::write, &Call::x_panel, block, S.hidden);
-    load_x(block, panel(call.x_panel, block.index, S.hidden), nullptr, nullptr);
+    load_x(block, saved_rows(call.saved_gate_u, block.row), saved_rows(call.saved_up_u, block.row));
   }
 
   // x rows -> panel, and s x A^T of gate and up.
-  void load_x(const Block& block, Operand* target, float* gate_rows, float* up_rows) const {
+  void load_x(const Block& block, float* gate_rows, float* up_rows) const {
+    Operand* target = panel(call.x_panel, block.index, S.hidden);
     gather_block(call.x, block, target);
     if constexpr (kTraced)
       observe_rows<S>(call, Observed::x, block, scratch.rows, round_up(S.hidden, kKStep));
@@ -125,20 +127,19 @@ struct ForwardSteps {
   // result = [x | u] . [W | B]^T for 32 columns of `out`.
   void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel,
                Lora b, int64_t column, int64_t out, Step step, float* result) const {
-    const Start start = start_of(segment, low_panel, b.along_rows(), column, out, natural);
+    const Start start = start_of(segment, low_panel, [&](float* strip) {
+      load_rows<S, Gemm>(b, call.rank, column, smaller(kStrip, out - column), strip);
+    });
     const Lap<S> lap(scratch, step);
     Gemm::forward(panel(x_panel, segment.block, in), segment.rows, in, weights, start, result,
                   scratch.weights);
   }
 
-  // The LoRA K-step of 32 columns of a product, each at its place in the strip.
-  template <class Lane>
-  Start start_of(const Segment& segment, float* low_panel, typename Lora::View lora, int64_t column,
-                 int64_t width, Lane&& lane) const {
+  // The LoRA K-step of 32 columns of a product: low-rank rows times what `load` puts into a strip.
+  template <class Load>
+  Start start_of(const Segment& segment, float* low_panel, Load&& load) const {
     const Lap<S> lap(scratch, Step::low_rank);
-    load_strip(
-        call.rank, smaller(kStrip, width - column), scratch.lora,
-        [&](int64_t c, int64_t r) { return lora.at(column + c, r); }, lane);
+    load(scratch.lora);
     return {true, low(low_panel, segment.block), scratch.lora, call.rank};
   }
 
@@ -203,7 +204,8 @@ struct ForwardSteps {
     const Lap<S> lap(scratch, Step::low_rank);
     low_rank_block<S, Gemm>(panel(call.act_panel, block.index, S.intermediate), block.rows, S.intermediate,
                             down_a(block.segment->expert).along_columns(), call.rank, scale(),
-                            low(call.down_low, block.index), nullptr, nullptr);
+                            low(call.down_low, block.index), saved_rows(call.saved_down_u, block.row),
+                            nullptr);
     if constexpr (kTraced) observe_low<S>(call, Observed::down_u, block, low(call.down_low, block.index));
   }
 

@@ -30,10 +30,12 @@
 //                                                           strip = start + panel [rows, k] . W[32 outputs, k]^T
 //   backward(panel, rows, n, weights, start, strip, scratch)
 //                                                           strip = start + panel [rows, n] . W[n, 32 inputs]
-//   lane(column)                                            where backward keeps a column of its strip ...
+//   column_at(lane)                                         which column of its strip backward keeps in a lane ...
 //   settle(strip, rows)                                     ... until they are put into natural order
 //   low_rank(block, rows, k, lora, rank, low)               low [rank, m_step] = block . lora
 //   outer(a, a_stride, rows, b, k, c)                       c [rows, 32] += a [k, rows]^T . b [k, 32]
+//   turn<Padded>(from, stride, rows, columns, to, stride)   to [columns, rows] = from [rows, columns]^T of float32;
+//                                                           padded with zeros up to 32 rows
 #pragma once
 #include <type_traits>
 

@@ -102,7 +102,7 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
     sweep(panel, rows, weights, {paired, all, nullptr}, strip);
   }
 
-  static int64_t lane(int64_t column) { return column; }
+  static int64_t column_at(int64_t lane) { return lane; }
   static void settle(float*, int64_t) {}
 
   // The LoRA matrix becomes right operands on the way, 32 ranks and one chunk of k at a time.

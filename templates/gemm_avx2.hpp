@@ -20,6 +20,7 @@ struct Simd256 {
   static Float set(float value) { return _mm256_set1_ps(value); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float as_float(Bits v) { return _mm256_castsi256_ps(v); }
+  static Bits as_bits(Float v) { return _mm256_castps_si256(v); }
   static Float low_half(Bits pairs) { return as_float(_mm256_slli_epi32(pairs, 16)); }
   static Float high_half(Bits pairs) {
     return as_float(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));

@@ -20,6 +20,7 @@ struct Simd512 {
   static Float set(float value) { return _mm512_set1_ps(value); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float as_float(Bits v) { return _mm512_castsi512_ps(v); }
+  static Bits as_bits(Float v) { return _mm512_castps_si512(v); }
   static Float low_half(Bits pairs) { return as_float(_mm512_slli_epi32(pairs, 16)); }
   static Float high_half(Bits pairs) {
     return as_float(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));

@@ -70,7 +70,7 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
     }
   }
 
-  static int64_t lane(int64_t column) { return column; }
+  static int64_t column_at(int64_t lane) { return lane; }
   static void settle(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,

@@ -74,13 +74,13 @@ struct GemmF32 {
   }
 
   // The lane order of the expanded panel: even columns, then odd.
-  static int64_t lane(int64_t column) { return column / 2 + column % 2 * kTile; }
+  static int64_t column_at(int64_t lane) { return lane % kTile * 2 + lane / kTile; }
 
   static void settle(float* strip, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
-      float natural[kStrip];
-      for (int64_t i = 0; i < kStrip; ++i) natural[i] = strip[row * kStrip + lane(i)];
-      for (int64_t i = 0; i < kStrip; ++i) strip[row * kStrip + i] = natural[i];
+      float lanes[kStrip];
+      for (int64_t i = 0; i < kStrip; ++i) lanes[i] = strip[row * kStrip + i];
+      for (int64_t i = 0; i < kStrip; ++i) strip[row * kStrip + column_at(i)] = lanes[i];
     }
   }
 
@@ -97,6 +97,26 @@ struct GemmF32 {
         for (int64_t column = 0; column < kStrip; column += kWidth)
           accumulate<R>(a + row, a_stride, b + column, k, kAdd, c + row * kStrip + column, nullptr, 0);
       });
+  }
+
+  template <bool Padded>
+  static void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                   int64_t to_stride) {
+    for (int64_t row = 0; row < (Padded ? kStrip : rows); row += kLanes)
+      for (int64_t column = 0; column < columns; column += kLanes) {
+        const int64_t down = rows - row, across = smaller(kLanes, columns - column);
+        Bits block[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          block[i] = i < down ? V::as_bits(V::load_some(from + (row + i) * from_stride + column, across))
+                              : V::zero_bits();
+        V::transpose(block);
+        float* place = to + column * to_stride + row;
+        for (int64_t i = 0; i < across; ++i)
+          if (Padded || down >= kLanes)
+            V::store(place + i * to_stride, V::as_float(block[i]));
+          else
+            V::store_some(place + i * to_stride, down, V::as_float(block[i]));
+      }
   }
 
  protected:

@@ -52,7 +52,7 @@ struct GemmRef {
                 panel[b * block_elements(n) + row * n + i] * weight(weights.block(i / kStrip), i % kStrip, c);
   }
 
-  static int64_t lane(int64_t column) { return column; }
+  static int64_t column_at(int64_t lane) { return lane; }
   static void settle(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
@@ -70,6 +70,14 @@ struct GemmRef {
       for (int64_t column = 0; column < kStrip; ++column)
         for (int64_t i = 0; i < k; ++i)
           c[row * kStrip + column] += a[i * a_stride + row] * b[i * kStrip + column];
+  }
+
+  template <bool Padded>
+  static void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                   int64_t to_stride) {
+    for (int64_t column = 0; column < columns; ++column)
+      for (int64_t row = 0; row < (Padded ? kStrip : rows); ++row)
+        to[column * to_stride + row] = row < rows ? from[row * from_stride + column] : 0.0f;
   }
 
  private:

@@ -5,6 +5,8 @@
 // The parameters are read where they lie in every call and never packed, so an optimizer step can't be
 // missed. Gradients are outer products of low-rank rows with the strips already at hand.
 #pragma once
+#include <cstring>
+
 #include "call.hpp"
 #include "gemm.hpp"
 
@@ -38,35 +40,74 @@ void low_rank_block(const typename Gemm::Operand* block, int64_t count, int64_t 
     }
 }
 
-inline int64_t natural(int64_t column) { return column; }
-
-// [rank, 32] float32 from at(column, rank), zeros beyond `columns`; column c goes to place lane(c).
-template <class At, class Lane>
-void load_strip(int64_t rank, int64_t columns, float* strip, At&& at, Lane&& lane) {
-  for (int64_t r = 0; r < rank; ++r)
-    for (int64_t c = 0; c < kStrip; ++c) strip[r * kStrip + lane(c)] = c < columns ? at(c, r) : 0.0f;
+// Rows `first`... of a B matrix [out, r] as a strip [r, 32], zeros beyond `count`.
+template <Shape S, class Gemm>
+void load_rows(const LoraMatrix<S>& b, int64_t rank, int64_t first, int64_t count, float* strip) {
+  const auto* from = b.data + first * b.columns;
+  if constexpr (!S.lora_bf16) {
+    Gemm::template turn<true>(from, b.columns, count, rank, strip, kStrip);
+  } else {
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t c = 0; c < kStrip; ++c)
+        strip[r * kStrip + c] = c < count ? load_lora(from + c * b.columns + r) : 0.0f;
+  }
 }
 
-// grad [rank, width] of an A matrix, columns `column`...: += low_rows^T . strip
-template <class Gemm>
-void add_a_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, int64_t column,
-                int64_t columns, int64_t width, float* grad, float* scratch) {
-  load_strip(
-      rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[r * width + column + c]; }, natural);
-  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
-  for (int64_t r = 0; r < rank; ++r)
-    for (int64_t c = 0; c < columns; ++c) grad[r * width + column + c] = scratch[r * kStrip + c];
+// Columns `first`... of an A matrix [r, in] as a strip [r, 32] in the order of backward, zeros beyond `count`.
+template <Shape S, class Gemm>
+void load_columns(const LoraMatrix<S>& a, int64_t rank, int64_t first, int64_t count, float* strip) {
+  for (int64_t r = 0; r < rank; ++r, strip += kStrip) {
+    const auto* from = a.data + r * a.columns + first;
+    if (count == kStrip) {  // bounds that are constant become vectors
+      for (int64_t i = 0; i < kStrip; ++i) strip[i] = load_lora(from + Gemm::column_at(i));
+    } else {
+      for (int64_t i = 0; i < kStrip; ++i)
+        strip[i] = Gemm::column_at(i) < count ? load_lora(from + Gemm::column_at(i)) : 0.0f;
+    }
+  }
 }
 
-// grad [width, rank] of a B matrix, rows `column`...: += strip^T . low_rows
+// Where a gradient goes: `columns` of its axis of length `width` from `column` on. `first` says that these are the
+// first rows of its expert, so that what lies there is not read: it may be anything.
+struct GradStrip {
+  float* grad;
+  int64_t column;
+  int64_t columns;
+  int64_t width;
+  bool first;
+};
+
+inline void copy_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < columns; ++c) to[row * to_stride + c] = from[row * from_stride + c];
+}
+
+// The gradient [rank, width] of an A matrix: += low_rows^T . strip
 template <class Gemm>
-void add_b_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, int64_t column,
-                int64_t columns, float* grad, float* scratch) {
-  load_strip(
-      rank, columns, scratch, [&](int64_t c, int64_t r) { return grad[(column + c) * rank + r]; }, natural);
+void add_a_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, const GradStrip& to,
+                float* scratch) {
+  float* place = to.grad + to.column;
+  std::memset(scratch, 0, rank * kStrip * sizeof(float));
+  if (!to.first) copy_rows(place, to.width, rank, to.columns, scratch, kStrip);
   Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
-  for (int64_t r = 0; r < rank; ++r)
-    for (int64_t c = 0; c < columns; ++c) grad[(column + c) * rank + r] = scratch[r * kStrip + c];
+  if (to.columns == kStrip)
+    copy_rows(scratch, kStrip, rank, kStrip, place, to.width);
+  else
+    copy_rows(scratch, kStrip, rank, to.columns, place, to.width);
+}
+
+// The gradient [width, rank] of a B matrix: += strip^T . low_rows
+template <class Gemm>
+void add_b_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, const GradStrip& to,
+                float* scratch) {
+  float* place = to.grad + to.column * rank;
+  if (to.first)
+    std::memset(scratch, 0, rank * kStrip * sizeof(float));
+  else
+    Gemm::template turn<true>(place, rank, to.columns, rank, scratch, kStrip);
+  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
+  Gemm::template turn<false>(scratch, kStrip, rank, to.columns, place, rank);
 }
 
 }  // namespace jitmoe

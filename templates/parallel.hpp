@@ -124,13 +124,11 @@ struct ThreadScratch {
   float* strips;
   bf16* rows;
   float* lora;
-  void* block;
   explicit ThreadScratch(const Call& call)
       : weights(part(call.thread_weights, call.weights_stride)),
         strips(part(call.thread_strips, call.strips_stride)),
         rows(part(call.thread_rows, call.rows_stride)),
-        lora(part(call.thread_lora, call.lora_stride)),
-        block(part(call.thread_block, call.block_stride)) {}
+        lora(part(call.thread_lora, call.lora_stride)) {}
   mutable double seconds[static_cast<int>(Step::count)] = {};
   float* strip(int64_t index, int64_t rows) const { return strips + index * rows * kStrip; }
 

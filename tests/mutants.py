@@ -50,8 +50,8 @@ MUTANTS = (
     Mutant(
         "shared_lora_scratch",
         "templates/parallel.hpp",
-        "lora(part(call.thread_lora, call.lora_stride)),",
-        "lora(call.thread_lora),",
+        "lora(part(call.thread_lora, call.lora_stride)) {}",
+        "lora(call.thread_lora) {}",
         ("test_checked.py::TestNothingElseChanges::test_same_bits",),
         "All threads keep their strip of LoRA in the first one's scratch.",
     ),
@@ -174,18 +174,16 @@ MUTANTS = (
     Mutant(
         "stale_rows",
         "templates/lora.hpp",
-        "return grad[(column + c) * rank + r]; }, natural);\n"
-        "  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);",
-        "return grad[(column + c) * rank + r]; }, natural);\n"
-        "  Gemm::outer(low_rows, rank, rank, strip, round_up(rows, 4), scratch);",
+        "to.columns, rank, scratch, kStrip);\n  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);",
+        "to.columns, rank, scratch, kStrip);\n  Gemm::outer(low_rows, rank, rank, strip, round_up(rows, 4), scratch);",
         ("test_ancestor.py::test_stale_rows_of_an_earlier_batch_leak_into_sums",),
         "The gradients of B sum rows in fours, with those behind the last one as they are.",
     ),
     Mutant(
         "last_group_wins",
         "templates/lora.hpp",
-        "[&](int64_t c, int64_t r) { return grad[r * width + column + c]; }",
-        "[&](int64_t, int64_t) { return 0.0f; }",
+        "if (!to.first) copy_rows(place, to.width, rank, to.columns, scratch, kStrip);",
+        "",
         ("test_matrix.py::test_cut_into_many_groups",),
         "The gradients of A begin at zero in every group of rows.",
     ),
@@ -258,10 +256,12 @@ MUTANTS = (
     Mutant(
         "one_place_for_gate_and_up",
         "jitmoe/autograd.py",
-        "saved = tuple(torch.empty(*extent, dtype=torch.bfloat16, device=x.device) for _ in range(2))",
-        "saved = vars(context.config).setdefault(\n"
-        "                'saved', tuple(torch.empty(*extent, dtype=torch.bfloat16) for _ in range(2))\n"
-        "            )",
+        "saved = {s.name: empty(s.shape, getattr(torch, s.dtype)) for s in context.saved_tensors()}",
+        "kept = vars(context.config).setdefault('saved', {})\n"
+        "        saved = {\n"
+        "            s.name: kept.setdefault(s.name, empty(s.shape, getattr(torch, s.dtype)))\n"
+        "            for s in context.saved_tensors()\n"
+        "        }",
         ("test_ancestor.py::test_a_second_forward_overwrites_what_the_first_one_saved",),
         "Gate and up are saved once a layer instead of once a call.",
     ),

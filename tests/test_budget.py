@@ -50,7 +50,8 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
     found |= {f"new {name}.grad": addressed[1][f"{name}_grad"] for name, _ in layer.named_parameters()}
     found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot", "slot_row")}
-    found |= dict(zip(("saved_gate", "saved_up"), saved[2 + len(autograd.LORA_NAMES) :], strict=False))
+    names = [s.name for s in call.context.saved_tensors()]
+    found |= dict(zip(names, saved[2 + len(autograd.LORA_NAMES) :], strict=True))
     row_weight = torch.empty(route.row_token.size)
     found |= {"forward row_weight": row_weight, "backward row_weight": row_weight}
     if x_dtype == torch.float32:

@@ -49,6 +49,9 @@ def options_of(isa: str) -> dict[str, Any]:
     return {"m_step": plan.M_STEPS[isa][-1]}
 
 
+pytestmark = pytest.mark.usefixtures("plans_are_not_kept")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_built() -> None:
     wanted = [(case, ISA) for case in CASES[:3]] + [(SMALL, isa) for isa in isas_to_build()]

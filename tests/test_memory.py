@@ -42,6 +42,9 @@ STEPS = 6
 ISA = usable_isas()[0]
 
 
+pytestmark = pytest.mark.usefixtures("plans_are_not_kept")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_built() -> None:
     build_kernels([case_named("ragged_31"), case_named("ragged_65")])
@@ -399,7 +402,7 @@ def test_buffers_that_may_share_can_share(run_with: Callable[..., Results], isa:
     layer = layer_of(inputs, isa, recompute=recompute)
     expected = results_of_layer(layer, inputs)
     allowed = pairs(layer, inputs, meeting=False)
-    assert len(allowed) >= 10
+    assert len(allowed) >= (10 if recompute else 6)
     wrong = {
         pair: bad for pair in sorted(allowed) if (bad := different(run_with(sharing(*pair), layer, inputs), expected))
     }
