@@ -275,7 +275,10 @@ def test_stale_scratch_is_shown_and_touches_nothing(recompute: bool, inputs: Inp
     held = [record for record in report.calls[0].records if record.kind == SCRATCH]
     assert {"x_panel", "act_panel", "thread_strips", "sums"} <= {record.name for record in held}
     assert all(record.nan == record.size for record in held)
-    assert "x_panel before" in report.table()
+    headline, before = report.table().splitlines()[:2]
+    assert headline == "Every step is finite."
+    assert before.startswith("Not finite before a call, and read by no step: ") and "scratch x_panel," in before
+    assert "x_panel scratch before" in report.table()
 
 
 def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +305,10 @@ def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.Monke
         record = next(r for r in records_of(report, SCRATCH) if r.name == item.buffer.name)
         position = (record.first.row, record.first.column)
         assert (record.bad, position) == (1, (math.prod(lead) - 1, columns - 1)), item.buffer.name
-        assert f"{item.buffer.name} before" in report.table()
+        before = report.table().splitlines()[1]
+        assert before.startswith("Not finite before a call, and read by no step: ")
+        assert f"scratch {item.buffer.name}" in before
+        assert f"{item.buffer.name} scratch before" in report.table()
 
 
 def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None:
@@ -319,6 +325,8 @@ def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None
         assert sum(r.nan for r in padding if (r.name, r.expert) == (name, 0)) == whole - out * in_
     assert (padding[0].first.row, padding[0].first.column) == (0, 65)
     assert not any(record.bad for record in records_of(report, PARAMETER))
+    before = report.table().splitlines()[1]
+    assert all(f"padding {name}" in before for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 @pytest.fixture
