@@ -253,9 +253,10 @@ def _expert_numbers(report: Report, experts: tuple[int, ...]) -> str:
     if experts == tuple(range(len(experts))):
         return ""
     first = report.first()
-    found = "" if first is None or first.expert is None else f"Expert {first.expert} is {experts[first.expert]}. "
-    numbers = ", ".join(map(str, experts))
-    return f"{found}Experts are numbered as in the file. In the recorded layer they are {numbers}.\n"
+    found = ""
+    if first and first.expert is not None:
+        found = f"Expert {first.expert} of the file is expert {experts[first.expert]} of the recorded layer. "
+    return f"{found}The file numbers its experts from 0 on; in the layer they are {', '.join(map(str, experts))}.\n"
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

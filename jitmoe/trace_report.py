@@ -187,6 +187,8 @@ class Report:
         return f"{self.first() or self._all_finite()}\n{table(rows)}"
 
     def _all_finite(self) -> str:
+        if not self.calls:
+            return "No call was traced."
         before = held_before(record for call in self.calls for record in call.records)
         return "Every step is finite." + (
             f"\nNot finite before a call, and read by no step: {before}." if before else ""

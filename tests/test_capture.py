@@ -306,7 +306,7 @@ class TestReplayTrace:
         assert status == 0 and "\nEvery step is finite.\n" in out and tuple(rows_of(out)) == RESULTS
         steps = [line.split()[2:5] for line in out.splitlines() if line.startswith("0 ")]
         assert ["forward", "x", "all"] in steps and ["forward", "out", "all"] in steps
-        assert "backward  x.grad" in out and "Experts are numbered" not in out
+        assert "backward  x.grad" in out and "The file numbers" not in out
         _, without, _ = run("replay", tmp_path / "call.pt")
         assert "Every step" not in without
 
@@ -373,7 +373,7 @@ class TestReplayTrace:
         finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
         assert status == 0 and f": up of expert {place} has " in finding and f"up_proj[{place}, 5, 9] " in finding
         assert first_slot(inputs, 7) in finding
-        assert f"\nExpert {place} is 7. Experts are numbered as in the file." in out
+        assert f"\nExpert {place} of the file is expert 7 of the recorded layer. The file numbers" in out
         assert f"they are {', '.join(map(str, chosen))}.\n{finding}\n" in out
 
     def test_a_heat_map(self, tmp_path: Path, run) -> None:

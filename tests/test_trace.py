@@ -406,6 +406,12 @@ def test_a_finding_says_which_layer_and_call(inputs: Inputs) -> None:
     assert str(first) in report.table()
 
 
+def test_nothing_traced_is_not_called_finite() -> None:
+    with jitmoe.trace() as report:
+        pass
+    assert report.first() is None and report.table().splitlines()[0] == "No call was traced."
+
+
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_a_call_without_rows(tokens: int) -> None:
     inputs = make_inputs(RAGGED)
