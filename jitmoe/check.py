@@ -20,7 +20,7 @@ from jitmoe.debug import stages
 from jitmoe.errors import ConfigError
 from jitmoe.layer import MoELayer
 from jitmoe.reference import LoraTensors
-from jitmoe.replay import compare, read_recording, replay
+from jitmoe.replay import compare, conclusion, read_recording, replay
 from jitmoe.yardstick import Inputs
 
 MODES = ("accuracy", "perf", "real_data", "debug")
@@ -71,11 +71,11 @@ def make_call(config: MoEConfig, tokens: int) -> Inputs:
 
 def _accuracy(layer: MoELayer, inputs: Inputs) -> int:
     faults = []
-    for title, variant in _variants(inputs):
+    for what, variant in _variants(inputs):
         comparison = compare(layer, variant)
-        faults += [f"{name} ({title})" for name in comparison.faults]
-        print(f"\n{title}\n{comparison}", flush=True)
-    print(f"\noutside the error rule: {', '.join(faults)}" if faults else "\nwithin the error rule")
+        faults += [f"{name} ({what})" for name in comparison.faults]
+        print(f"\n{what}\n{comparison}", flush=True)
+    print(f"\n{conclusion(faults)}")
     return 1 if faults else 0
 
 

@@ -264,9 +264,11 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
     model = None if arguments.model is None else read_model(arguments.model)
     config = _config(arguments, model.fields if model else None)
-    layers = arguments.layers or (model.layers if model else 1)
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    layers = arguments.layers if arguments.layers is not None else model.layers if model else 1
+    threads = arguments.threads if arguments.threads is not None else len(os.sched_getaffinity(0))
     print(estimate(Load(config, arguments.tokens, layers, threads, training=not arguments.inference)))
+    for note in model.notes if model else ():
+        print(f"Note: {note}.")
     return 0
 
 

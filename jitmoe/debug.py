@@ -12,7 +12,7 @@ from jitmoe.layer import MoELayer
 from jitmoe.plan import plan_kernels
 from jitmoe.reference import ExpertSteps, LoraTensors, expert_reference
 from jitmoe.replay import compare
-from jitmoe.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like
+from jitmoe.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
 
 LAST_STEPS = (
     "out", "weights", "down_lora_b", "down_lora_a",
@@ -42,7 +42,7 @@ class Stage:
         if self.deviation is None:
             return f"{who}: {len(self.verdicts)} steps ok"
         steps = "\n".join(map(str, self.verdicts))
-        return f"{who}: the first step that deviates is {self.deviation.name}\n{steps}"
+        return f"{who}: the first step that deviates is {title(self.deviation.name)}\n{steps}"
 
 
 def stages(layer: MoELayer, inputs: Inputs) -> Iterator[Stage]:

@@ -106,7 +106,18 @@ class Estimate:
             rows.append(("budget", f"memory_budget of a layer: {verdict}", size(self.plan.nbytes), "", size(budget)))
         rows += [("saving", change, "", "", size(saved)) for change, saved in self.savings.items()]
         note = "Experts only: attention, shared experts, embeddings and torch's own memory are not counted."
-        return f"One layer and its call:\n{self.plan}\n\nThe model:\n{table(rows)}\n{note}"
+        return f"One layer and its call: {self._title()}\n{self.plan}\n\nThe model:\n{table(rows)}\n{note}"
+
+    def _title(self) -> str:
+        """The sizes, which may have come from a model's file."""
+        load, config = self.load, self.load.config
+        lora = f"LoRA of rank {config.lora_rank} in {config.lora_dtype}" if config.lora_rank else "no LoRA"
+        threads = f"{load.threads} thread{'s' if load.threads > 1 else ''}"
+        return (
+            f"{config.num_experts} experts of {config.hidden_size} x {config.intermediate_size}, top {config.top_k}, "
+            f"{lora}, {load.tokens} tokens, {threads}, {'training' if load.training else 'inference'}, "
+            f"isa {kernels_of(config).isa}"
+        )
 
 
 def _verdict(needed: int, available: int) -> str:
@@ -180,10 +191,12 @@ class Model:
     Attributes:
         fields: of :class:`~jitmoe.config.MoEConfig`.
         layers: layers with experts.
+        notes: what of these experts jitmoe does not compute, for people.
     """
 
     fields: dict[str, int]
     layers: int
+    notes: tuple[str, ...]
 
 
 NAMES = {
@@ -197,29 +210,50 @@ has dense layers, their width is ``intermediate_size`` and that of the experts `
 
 
 def read_model(path: Path) -> Model:
-    """Sizes of the experts from a transformers ``config.json``.
+    """Sizes of the experts from a transformers ``config.json``; of the text part, where a model sees and hears too.
 
     Raises:
         ConfigError: if it cannot be read, or is not that of a model with experts.
     """
     content = read_fields(path, "the config.json of a transformers model")
+    if isinstance(content.get("text_config"), dict):
+        content = content["text_config"]
     fields = {field: _first(path, content, names) for field, names in NAMES.items()}
     total = _first(path, content, ("num_hidden_layers",))
-    return Model(fields, sum(_has_experts(content, layer) for layer in range(total)))
+    layers = sum(_has_experts(path, content, layer) for layer in range(total))
+    return Model(fields, layers, tuple(_notes(content)))
 
 
 def _first(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> int:
     for name in names:
         value = content.get(name)
-        if isinstance(value, int):
+        if isinstance(value, int) and not isinstance(value, bool):
             return value
     raise ConfigError(f"{path} has none of the fields {', '.join(names)}: not the config.json of a model with experts")
 
 
-def _has_experts(content: Mapping[str, Any], layer: int) -> bool:
+def _has_experts(path: Path, content: Mapping[str, Any], layer: int) -> bool:
     """Which layers are sparse, as Qwen3-MoE (first line) and DeepSeek say it; the others have experts everywhere."""
-    qwen = (
-        layer not in (content.get("mlp_only_layers") or ()) and (layer + 1) % content.get("decoder_sparse_step", 1) == 0
-    )
-    deepseek = layer >= content.get("first_k_dense_replace", 0) and layer % content.get("moe_layer_freq", 1) == 0
-    return qwen and deepseek
+    dense = content.get("mlp_only_layers") or ()
+    qwen = layer not in dense and (layer + 1) % _every(path, content, "decoder_sparse_step") == 0
+    first = content.get("first_k_dense_replace") or 0
+    return qwen and layer >= first and layer % _every(path, content, "moe_layer_freq") == 0
+
+
+def _every(path: Path, content: Mapping[str, Any], name: str) -> int:
+    """The field ``name``, which makes every n-th layer sparse; 1 where a model lacks it."""
+    value = content.get(name)
+    if value is None:
+        return 1
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{path} has {name} {value!r}, expected a positive int: give the sizes as options instead")
+    return value
+
+
+def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+    """What these experts have that a :class:`~jitmoe.layer.MoELayer` lacks."""
+    activation = content.get("hidden_act") or content.get("hidden_activation") or "silu"
+    if content.get("model_type") == "gpt_oss":
+        yield "gpt-oss has biases and a clamped activation, which jitmoe does not compute; its biases are not counted"
+    elif activation not in ("silu", "swish"):
+        yield f"the activation of this model is {activation}, and jitmoe computes silu; the bytes are right"

@@ -35,7 +35,7 @@ SIZES = ("num_experts", "hidden_size", "intermediate_size")
 MAP_NORESERVE = 0x4000
 """Linux on x86-64; the mmap module of Python 3.11 does not name it."""
 
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 """Bytes read at a time to compute a digest."""
 
 

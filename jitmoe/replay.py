@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import pickle
+import struct
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jitmoe import cpu
+from jitmoe.budget import lora_shapes
 from jitmoe.build import table
 from jitmoe.capture import FORMAT
 from jitmoe.config import MoEConfig
@@ -31,6 +33,7 @@ from jitmoe.yardstick import (
     noise_like,
     results_of_layer,
     results_of_reference,
+    title,
 )
 
 LOG_KEYS = {
@@ -40,6 +43,12 @@ LOG_KEYS = {
     "top_k": "num_experts_per_tok",
 }
 """Field of MoEConfig and key of the log's own format."""
+
+LOAD_ERRORS = (
+    *(AttributeError, EOFError, ImportError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error),
+)
+"""What torch.load raises for bytes that torch.save did not write."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +100,18 @@ class Comparison:
 
     @property
     def faults(self) -> list[str]:
-        """Names of the results outside the error rule."""
-        return [verdict.name for verdict in self.verdicts if verdict.fault]
+        """Titles of the results outside the error rule."""
+        return [title(verdict.name) for verdict in self.verdicts if verdict.fault]
 
     def __str__(self) -> str:
-        head = ("result", "NaN/Inf oracle", "torch", "jitmoe", "max|d|", "mean|d|", "mean|d|/mean|ref|", "torch's")
-        rows: list[tuple[str, ...]] = [(*head, "rms / torch's", "max / torch's", "verdict")]
+        head = ("result", *(f"NaN/Inf {who}" for who in ("oracle", "torch", "jitmoe")))
+        figures_of = ("max|d|", "mean|d|", "mean|d|/mean|ref|", "torch's")
+        rows: list[tuple[str, ...]] = [(*head, *figures_of, "rms / torch's", "max / torch's", "verdict")]
         for verdict in self.verdicts:
             oracle, plain, ours = (figures[verdict.name] for figures in (self.oracle, self.plain, self.ours))
             rows.append(
                 (
-                    verdict.name,
+                    title(verdict.name),
                     *(str(figures.nonfinite) for figures in (oracle, plain, ours)),
                     *(f"{value:.3g}" for value in (ours.largest, ours.mean, ours.relative, plain.relative)),
                     f"{verdict.rms:.3f} <= {verdict.rms_limit}",
@@ -110,6 +120,15 @@ class Comparison:
                 )
             )
         return table(rows)
+
+
+def conclusion(faults: Sequence[str]) -> str:
+    """What stands under the last comparison: how to read it, and whether anything is outside the error rule."""
+    verdict = f"outside the error rule: {', '.join(faults)}" if faults else "within the error rule"
+    return (
+        "d: result - ref, where ref is computed in float64 and torch's result in plain bfloat16. rms and max: errors\n"
+        f"of jitmoe over those of torch, and what the error rule allows.\n{verdict}"
+    )
 
 
 def compare(layer: MoELayer, inputs: Inputs, coarse: bool = False) -> Comparison:
@@ -139,20 +158,22 @@ def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CaptureError(f"{path} cannot be read as a captured call: {str(error).split('. ')[0]}") from error
+    except OSError as error:
+        raise CaptureError(f"{path} cannot be read: {error.strerror or error}") from error
+    except LOAD_ERRORS as error:
+        raise CaptureError(f"{path} is damaged, or no file of layer.capture() or torch.save() of tensors") from error
+    if not isinstance(content, dict) or not ("format" in content or "expert_num" in content):
+        raise CaptureError(f"{path} holds no call: it is neither of layer.capture() nor in the format of the log")
+    if content.get("format", FORMAT) != FORMAT:
+        raise CaptureError(f"{path} has the format {content['format']!r}, this jitmoe reads {FORMAT!r}")
     try:
-        if isinstance(content, dict) and content.get("format") == FORMAT:
-            return _read_capture(content)
-        if isinstance(content, dict) and "expert_num" in content:
-            return _read_log(content, lora_alpha)
+        return _read_capture(content) if "format" in content else _read_log(content, lora_alpha)
     except JitmoeError:
         raise
     except KeyError as error:
         raise CaptureError(f"{path} is no whole recording: it lacks {error}") from error
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise CaptureError(f"{path} is no recording: {error}") from error
-    raise CaptureError(f'{path} holds no call: neither "{FORMAT}" of layer.capture() nor the format of the log')
 
 
 def run(arguments: Namespace) -> int:
@@ -201,20 +222,20 @@ def replay(recording: Recording, isa: str | None = None, traced: bool = False, p
     if traced:
         # Before the comparison, which takes much longer.
         report = _trace(layer, recording)
-        print(f"\n{report.table()}{_expert_numbers(report, recording.experts)}\n", flush=True)
+        print(f"\n{_expert_numbers(report, recording.experts)}{report.table()}\n", flush=True)
         if plot is not None:
             report.save_png(plot)
     comparison = compare(layer, inputs)
-    print(comparison)
-    if comparison.faults:
-        print(f"outside the error rule: {', '.join(comparison.faults)}")
+    print(f"{comparison}\n\n{conclusion(comparison.faults)}")
+    if not traced and any(figures.nonfinite for figures in comparison.oracle.values()):
+        print("float64 gives values that are not finite too: --trace says where the first one comes from")
     return 1 if comparison.faults else 0
 
 
 def _reproduction(layer: MoELayer, recording: Recording) -> str:
     """Whether the layer computes the recorded bits."""
     again = results_of_layer(layer, recording.inputs)
-    other = [name for name, result in recording.results.items() if not _same_bits(result, again[name])]
+    other = [title(name) for name, result in recording.results.items() if not _same_bits(result, again[name])]
     where = f"recorded on {recording.isa}, computed again on {layer.isa}"
     return f"{where}: {'other bits in ' + ', '.join(other) if other else 'the same bits'}"
 
@@ -232,10 +253,10 @@ def _expert_numbers(report: Report, experts: tuple[int, ...]) -> str:
     if experts == tuple(range(len(experts))):
         return ""
     first = report.first()
-    found = "" if first is None or first.expert is None else f" Expert {first.expert} is {experts[first.expert]}."
-    return (
-        f"\nExperts are numbered as in the file. In the recorded layer they are {', '.join(map(str, experts))}.{found}"
-    )
+    found = ""
+    if first and first.expert is not None:
+        found = f"Expert {first.expert} of the file is expert {experts[first.expert]} of the recorded layer. "
+    return f"{found}The file numbers its experts from 0 on; in the layer they are {', '.join(map(str, experts))}.\n"
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -272,7 +293,8 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     place[experts] = torch.arange(experts.numel())
     ids: Tensor = content["topk_ids"]
     kept = (ids >= 0) & (ids < config.num_experts)
-    inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), config.lora_scale)
+    held = replace(config, num_experts=experts.numel())
+    inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), held)
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     notes = [f"captured with {versions}", f"{experts.numel()} of {config.num_experts} experts were chosen"]
     if "grad" not in content:
@@ -280,8 +302,7 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     names = {"out": "out", "x_grad": "x", "weights_grad": "weights"}
     names |= {f"{name}_grad": name for name in LoraTensors._fields}
     results = {name: content[key] for key, name in names.items() if key in content}
-    config = replace(config, num_experts=experts.numel())
-    return Recording(config, inputs, content["isa"], results, tuple(experts.tolist()), tuple(notes))
+    return Recording(held, inputs, content["isa"], results, tuple(experts.tolist()), tuple(notes))
 
 
 def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
@@ -293,8 +314,8 @@ def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
 
 
 def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording:
-    lora_a: Tensor | None = content.get("gate_lora_a")
-    rank = 0 if lora_a is None else lora_a.shape[1]
+    lora = _lora(content)
+    rank = lora.gate_lora_a.shape[1] if lora else 0
     alpha = lora_alpha if lora_alpha is not None else content.get("lora_alpha")
     notes = [f"layer_idx {content['layer_idx']}", "the gradient of out is random"]
     if alpha is None and rank:
@@ -304,27 +325,51 @@ def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording
         **sizes,
         lora_rank=rank,
         lora_alpha=MoEConfig.lora_alpha if alpha is None else float(alpha),
-        lora_dtype="float32" if lora_a is None else str(lora_a.dtype).removeprefix("torch."),
+        lora_dtype=str(lora.gate_lora_a.dtype).removeprefix("torch.") if lora else "float32",
     )
-    renamed = {"x": content["input_data"], "topk_ids": content["expert_ids"]}
-    inputs = _inputs({**content, **renamed}, content["expert_ids"].long(), config.lora_scale)
+    renamed = {"x": _tensor(content, "input_data"), "topk_ids": _tensor(content, "expert_ids")}
+    inputs = _inputs({**content, **renamed}, renamed["topk_ids"].long(), config)
     return Recording(config, inputs, None, {}, tuple(range(config.num_experts)), tuple(notes))
 
 
-def _inputs(content: Mapping[str, Any], topk_ids: Tensor, scale: float) -> Inputs:
-    x = content["x"].detach().reshape(-1, content["x"].shape[-1])
-    grad = content.get("grad")
-    lora = None
-    if content.get("gate_lora_a") is not None:
-        lora = LoraTensors(*(content[name].detach() for name in LoraTensors._fields))
+def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> Inputs:
+    """The call of a layer of ``config``. The layer looks at all but LoRA and the gradient of out itself."""
+    wide = _tensor(content, "x")
+    x = wide.reshape(-1, wide.shape[-1])
+    if not len(x):
+        raise ValueError("the call has no tokens")
+    grad = _tensor(content, "grad").to(x.dtype) if "grad" in content else None
+    lora = _lora(content)
+    if (lora is None) != (config.lora_rank == 0):
+        raise ValueError(
+            f"its config has lora_rank {config.lora_rank}, and it holds {'no' if lora is None else 'a'} LoRA"
+        )
+    expected = lora_shapes(config) | {"grad": tuple(x.shape)}
+    for name, tensor in {**(lora._asdict() if lora else {}), "grad": grad}.items():
+        if tensor is not None and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected[name])}")
     return Inputs(
         x=x,
         topk_ids=topk_ids.reshape(len(x), -1),
-        weights=content["weights"].detach().reshape(len(x), -1),
-        gate_proj=content["gate_proj"].detach(),
-        up_proj=content["up_proj"].detach(),
-        down_proj=content["down_proj"].detach(),
+        weights=_tensor(content, "weights").reshape(len(x), -1),
+        gate_proj=_tensor(content, "gate_proj"),
+        up_proj=_tensor(content, "up_proj"),
+        down_proj=_tensor(content, "down_proj"),
         lora=lora,
-        dout=noise_like(x, len(x), torch.Generator().manual_seed(0)) if grad is None else grad.to(x.dtype),
-        scale=scale,
+        dout=noise_like(x, len(x), torch.Generator().manual_seed(0)) if grad is None else grad,
+        scale=config.lora_scale,
     )
+
+
+def _lora(content: Mapping[str, Any]) -> LoraTensors | None:
+    """All six tensors, or None where the file has none of them."""
+    if all(content.get(name) is None for name in LoraTensors._fields):
+        return None
+    return LoraTensors(*(_tensor(content, name) for name in LoraTensors._fields))
+
+
+def _tensor(content: Mapping[str, Any], name: str) -> Tensor:
+    tensor = content[name]
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    return tensor.detach()

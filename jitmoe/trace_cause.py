@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record
+from jitmoe.trace_report import PARAMETER, STEP, Finding, Record, held_before
 
 LARGEST = 3.3895313892515355e38
 """Largest finite bfloat16: what is beyond it is infinite once it is rounded."""
@@ -147,8 +147,7 @@ def _cause(step: Step, record: Record, evidence: Evidence) -> tuple[str, str]:
         reach = f"{largest.name} reaches {largest.magnitude:.3g}"
         return "overflow", f"all that it is computed from is finite, but so large that it can overflow ({reach})"
     words = "all that it is computed from is finite and too small to overflow: the kernel brought it"
-    stale = {r.name: r.kind for r in evidence.records if r.kind in (SCRATCH, PADDING) and r.bad}
-    held = ", ".join(f"{kind} {name}" for name, kind in stale.items())
+    held = held_before(evidence.records)
     return "kernel", words + (f"; values that are not finite lay before the call in {held}" if held else "")
 
 

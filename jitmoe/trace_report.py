@@ -184,8 +184,15 @@ class Report:
         for call in self.calls:
             where = (str(call.number), str(call.layer), call.pass_name)
             rows += [(*where, *cells) for cells in _lines(call.records, full)]
-        first = self.first()
-        return f"{first or 'Every step is finite.'}\n{table(rows)}"
+        return f"{self.first() or self._all_finite()}\n{table(rows)}"
+
+    def _all_finite(self) -> str:
+        if not self.calls:
+            return "No call was traced."
+        before = held_before(record for call in self.calls for record in call.records)
+        return "Every step is finite." + (
+            f"\nNot finite before a call, and read by no step: {before}." if before else ""
+        )
 
     def __str__(self) -> str:
         return self.table()
@@ -196,7 +203,7 @@ class Report:
         return {"first": asdict(first) if first else None, "calls": [_plain(asdict(call)) for call in self.calls]}
 
     def save_png(self, path: str | Path, layer: int | None = None) -> None:
-        """Draw a heat map, steps by experts: the mean magnitude, in red what is not finite.
+        """Draw a heat map, steps by experts: the mean magnitude, in red what is not finite, in grey what is all zero.
 
         Args:
             path: of the PNG.
@@ -211,6 +218,11 @@ class Report:
         if not records:
             raise TraceError(f"no call of layer {layer} was traced: call the layer inside `with jitmoe.trace()`")
         _draw(records, f"layer {layer}: {first.sentence if first and first.layer == layer else 'all finite'}", path)
+
+
+def held_before(records: Iterable[Record]) -> str:
+    """Names of scratch and padding with values that are not finite before a call, as earlier calls may leave them."""
+    return ", ".join(dict.fromkeys(f"{r.kind} {r.name}" for r in records if r.kind in (SCRATCH, PADDING) and r.bad))
 
 
 def _lines(records: Sequence[Record], full: bool) -> list[tuple[str, ...]]:
@@ -229,7 +241,7 @@ def _lines(records: Sequence[Record], full: bool) -> list[tuple[str, ...]]:
 
 
 def _cells(record: Record) -> tuple[str, ...]:
-    name = record.name + {STEP: "", PADDING: " padding before"}.get(record.kind, " before")
+    name = record.name + {STEP: "", PARAMETER: " before"}.get(record.kind, f" {record.kind} before")
     expert = "all" if record.expert is None else str(record.expert)
     counts = [str(value) for value in (record.rows, record.nan, record.inf, record.zero)]
     values = [f"{value:.4g}" for value in (record.minimum, record.maximum, record.absmean)]
@@ -304,5 +316,5 @@ def _draw(records: Sequence[Record], title: str, path: str | Path) -> None:
     axes.set_yticks(range(len(steps)), steps, fontsize=7)
     axes.set_xlabel("expert")
     axes.set_title(title, fontsize=8, wrap=True)
-    figure.colorbar(image, label="log10 of the mean magnitude; red: not finite")
+    figure.colorbar(image, label="log10 of the mean magnitude; red: not finite; grey: all zero, or no such cell")
     figure.savefig(path, dpi=120, format="png")

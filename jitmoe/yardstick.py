@@ -52,6 +52,12 @@ class Inputs:
 Results = dict[str, Tensor]
 """``out`` and the gradients ``x``, ``weights`` and, with LoRA, those of the six tensors under their names."""
 
+
+def title(name: str) -> str:
+    """What people read for the name of a result or of a step: gradients are called as in torch."""
+    return name if name in ("out", "gate", "up") else f"{name}.grad"
+
+
 Errors = dict[str, Tensor]
 """Differences from the oracle under the same names: one axis, finite, of the elements that any slot reaches."""
 
@@ -126,7 +132,7 @@ class Verdict:
 
     def __str__(self) -> str:
         ratios = f"rms {self.rms:7.3f} (<= {self.rms_limit})  max {self.largest:7.3f} (<= {self.max_limit})"
-        return f"  {self.name:12}  {ratios}  {'; '.join(filter(None, (self.fault, self.doubt)))}"
+        return f"  {title(self.name):16}  {ratios}  {'; '.join(filter(None, (self.fault, self.doubt)))}"
 
 
 def judge(

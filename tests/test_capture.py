@@ -180,10 +180,12 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
 
 def rows_of(out: str) -> dict[str, list[str]]:
     """The words of each result's line."""
-    return {line.split()[0]: line.split() for line in out.splitlines() if line and line.split()[0] in RESULTS}
+    lines = [line.split() for line in out.splitlines() if line]
+    return {words[0].removesuffix(".grad"): words for words in lines if words[0] in TITLES}
 
 
 RESULTS = ("out", "x", "weights", *LoraTensors._fields)
+TITLES = ("out", *(f"{name}.grad" for name in RESULTS[1:]))
 
 
 class TestReplay:
@@ -195,6 +197,7 @@ class TestReplay:
         for words in rows.values():
             assert words[1:4] == ["0", "0", "0"] and words[-1] == "ok" and float(words[4]) > 0
         assert f"recorded on {ISA}, computed again on {ISA}: the same bits" in out
+        assert out.endswith("\nwithin the error rule\n")
 
     @pytest.mark.parametrize("case", [replace(IDLE, tokens=100), case_named("skipped_slots")], ids=str)
     def test_experts_find_their_places(self, tmp_path: Path, case) -> None:
@@ -223,6 +226,8 @@ class TestReplay:
         assert status == 0, "the NaN is the input's, not the layer's"
         assert rows["out"][1:4] == rows["x"][1:4] == [str(MEDIUM.hidden)] * 3
         assert int(rows["gate_lora_a"][3]) > 0
+        assert out.splitlines()[-1].endswith("--trace says where the first one comes from")
+        assert "--trace" not in run("replay", tmp_path / "call.pt", "--trace")[1]
 
     def test_a_wrong_layer_fails(self, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
         captured(make_inputs(MEDIUM), tmp_path / "call.pt")
@@ -248,6 +253,35 @@ class TestReplay:
         status, _, err = run("replay", path)
         assert status == 1 and err.startswith(f"jitmoe: {path}") and "Traceback" not in err
 
+    @pytest.mark.parametrize("left", [0, 1, 1000, -1])
+    def test_a_truncated_file(self, tmp_path: Path, run, left: int) -> None:
+        path = tmp_path / "call.pt"
+        captured(make_inputs(IDLE), path)
+        path.write_bytes(path.read_bytes()[:left])
+        status, out, err = run("replay", path)
+        assert status == 1 and out == "" and err.startswith(f"jitmoe: {path} is damaged, or no file of ")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": "jitmoe capture 2"}, "has the format 'jitmoe capture 2', this jitmoe reads 'jitmoe capture 1'"),
+            ({"gate_lora_a": None}, "gate_lora_a is a NoneType, expected a tensor"),
+            ({"up_lora_b": torch.zeros(2, 3)}, r"up_lora_b has the shape \[2, 3\], expected \["),
+            ({"grad": torch.zeros(3, 5)}, r"grad has the shape \[3, 5\], expected \["),
+            (dict.fromkeys(LoraTensors._fields), "its config has lora_rank 8, and it holds no LoRA"),
+            ({"x": torch.zeros(())}, "is no recording"),
+            ({"x": torch.zeros(0, 5)}, "the call has no tokens"),
+            ({"experts": torch.tensor([999])}, "is no recording"),
+        ],
+        ids=lambda value: "" if isinstance(value, str) else "-".join(value)[:20],
+    )
+    def test_a_capture_that_contradicts_itself(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+        path = tmp_path / "call.pt"
+        content = captured(make_inputs(IDLE), path)[0]
+        torch.save(content | change, path)
+        with pytest.raises(CaptureError, match=message):
+            read_recording(path)
+
 
 def with_nan(inputs: Inputs, name: str, place: tuple[int, ...]) -> Inputs:
     """``inputs`` with a NaN at ``place`` of one tensor, those of LoRA included."""
@@ -272,7 +306,7 @@ class TestReplayTrace:
         assert status == 0 and "\nEvery step is finite.\n" in out and tuple(rows_of(out)) == RESULTS
         steps = [line.split()[2:5] for line in out.splitlines() if line.startswith("0 ")]
         assert ["forward", "x", "all"] in steps and ["forward", "out", "all"] in steps
-        assert "backward  x.grad" in out and "Experts are numbered" not in out
+        assert "backward  x.grad" in out and "The file numbers" not in out
         _, without, _ = run("replay", tmp_path / "call.pt")
         assert "Every step" not in without
 
@@ -339,7 +373,8 @@ class TestReplayTrace:
         finding = next(line for line in out.splitlines() if line.startswith("layer 0, call 0 (forward): "))
         assert status == 0 and f": up of expert {place} has " in finding and f"up_proj[{place}, 5, 9] " in finding
         assert first_slot(inputs, 7) in finding
-        assert f"they are {', '.join(map(str, chosen))}. Expert {place} is 7.\n" in out
+        assert f"\nExpert {place} of the file is expert 7 of the recorded layer. The file numbers" in out
+        assert f"they are {', '.join(map(str, chosen))}.\n{finding}\n" in out
 
     def test_a_heat_map(self, tmp_path: Path, run) -> None:
         pytest.importorskip("matplotlib")
@@ -408,12 +443,14 @@ class TestTheLogsFormat:
         recording = read_recording(tmp_path / "log.pt")
         assert recording.config.lora_rank == 0 and recording.inputs.lora is None
 
-    def test_a_missing_key_is_named(self, tmp_path: Path, run) -> None:
+    @pytest.mark.parametrize("name", sorted(logs_format(make_inputs(MEDIUM), None)))
+    def test_a_missing_key_is_named(self, tmp_path: Path, name: str) -> None:
         content = logs_format(make_inputs(MEDIUM), None)
-        del content["expert_ids"]
+        del content[name]
         torch.save(content, tmp_path / "log.pt")
-        status, _, err = run("replay", tmp_path / "log.pt")
-        assert status == 1 and "lacks 'expert_ids'" in err
+        message = "holds no call" if name == "expert_num" else f"lacks '{name}'"
+        with pytest.raises(CaptureError, match=message):
+            read_recording(tmp_path / "log.pt")
 
 
 SIZES = {

@@ -140,6 +140,16 @@ MODELS = {
          "num_hidden_layers": 10, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
         (8, 64, 32, 2, 4),
     ),
+    "fields without a value": (
+        {"num_experts": 8, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+         "num_hidden_layers": 10, "decoder_sparse_step": None, "mlp_only_layers": None, "first_k_dense_replace": None},
+        (8, 64, 32, 2, 10),
+    ),
+    "text and images": (
+        {"num_hidden_layers": 3, "text_config": {"num_experts": 8, "hidden_size": 64, "moe_intermediate_size": 32,
+         "num_experts_per_tok": 2, "num_hidden_layers": 10}},
+        (8, 64, 32, 2, 10),
+    ),
 }  # fmt: skip
 
 
@@ -149,7 +159,7 @@ def test_a_models_config_json(name, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
     model = estimate.read_model(path)
-    assert model.layers == layers
+    assert model.layers == layers and model.notes == ()
     config = MoEConfig(**model.fields)
     assert (config.num_experts, config.hidden_size, config.intermediate_size, config.top_k) == (
         experts, hidden, intermediate, top_k,
@@ -215,13 +225,36 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "cannot be read"), ("[]", "JSON object"), ('{"hidden_size": 8}', "num_experts")]
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "JSON object"),
+        ('{"hidden_size": 8}', "num_experts"),
+        (json.dumps(MODELS["OLMoE"][0] | {"hidden_size": True}), "hidden_size"),
+        (json.dumps(MODELS["OLMoE"][0] | {"decoder_sparse_step": 0}), "decoder_sparse_step 0"),
+        (json.dumps(MODELS["OLMoE"][0] | {"moe_layer_freq": [0, 1]}), r"moe_layer_freq \[0, 1\]"),
+    ],
 )
 def test_not_a_models_config_json(content, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         estimate.read_model(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gpt_oss", "hidden_act": "silu"}, "gpt-oss has biases and a clamped activation"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "the activation of this model is gelu_pytorch_tanh"),
+    ],
+)
+def test_experts_that_are_not_ours_are_said_to_be(fields, words, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Mixtral"][0] | fields))
+    assert cli.main(["estimate", str(path), "--tokens", "8"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Note: {words}") and last.endswith(".")
 
 
 def test_the_command(tmp_path, capsys):
@@ -231,6 +264,8 @@ def test_the_command(tmp_path, capsys):
         cli.main(["estimate", str(path), "--tokens", "2048", "--lora-rank", "4", "--recompute", "--isa", "avx2"]) == 0
     )
     out = capsys.readouterr().out
+    title = "128 experts of 2048 x 768, top 8, LoRA of rank 4 in float32, 2048 tokens, "
+    assert out.startswith(f"One layer and its call: {title}") and "training, isa avx2\n" in out
     buffers, model = out.split("The model:")
     assert "gate_panel" in buffers and "saved_gate" not in buffers, "each buffer of one layer, which recomputes"
     rows = {line.split()[0]: line for line in model.splitlines() if line}
@@ -242,3 +277,6 @@ def test_the_command(tmp_path, capsys):
     assert "memory_budget of a layer: does not fit" in capsys.readouterr().out
     assert cli.main(["estimate", "--tokens", "8"]) == 1
     assert "--num-experts" in capsys.readouterr().err
+    for option in ("--layers", "--threads", "--tokens"):
+        assert cli.main(["estimate", str(path), option, "0"]) == 1
+        assert option.strip("-") in capsys.readouterr().err

@@ -275,12 +275,16 @@ def test_stale_scratch_is_shown_and_touches_nothing(recompute: bool, inputs: Inp
     held = [record for record in report.calls[0].records if record.kind == SCRATCH]
     assert {"x_panel", "act_panel", "thread_strips", "sums"} <= {record.name for record in held}
     assert all(record.nan == record.size for record in held)
-    assert "x_panel before" in report.table()
+    headline, before = report.table().splitlines()[:2]
+    assert headline == "Every step is finite."
+    assert before.startswith("Not finite before a call, and read by no step: ") and "scratch x_panel," in before
+    assert "x_panel scratch before" in report.table()
 
 
 def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last value of each buffer in turn; that of a panel is in a padded row."""
     layer = layer_of(inputs, BEST)
+    workspace.arenas.release()  # several may be left of calls that were under way at once, and any may be taken
     plans = []
     planned = experts.plan_forward
     monkeypatch.setattr(experts, "plan_forward", lambda *a: plans.append(planned(*a)) or plans[-1])
@@ -301,7 +305,10 @@ def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.Monke
         record = next(r for r in records_of(report, SCRATCH) if r.name == item.buffer.name)
         position = (record.first.row, record.first.column)
         assert (record.bad, position) == (1, (math.prod(lead) - 1, columns - 1)), item.buffer.name
-        assert f"{item.buffer.name} before" in report.table()
+        before = report.table().splitlines()[1]
+        assert before.startswith("Not finite before a call, and read by no step: ")
+        assert f"scratch {item.buffer.name}" in before
+        assert f"{item.buffer.name} scratch before" in report.table()
 
 
 def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None:
@@ -318,6 +325,8 @@ def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None
         assert sum(r.nan for r in padding if (r.name, r.expert) == (name, 0)) == whole - out * in_
     assert (padding[0].first.row, padding[0].first.column) == (0, 65)
     assert not any(record.bad for record in records_of(report, PARAMETER))
+    before = report.table().splitlines()[1]
+    assert all(f"padding {name}" in before for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 @pytest.fixture
@@ -395,6 +404,12 @@ def test_a_finding_says_which_layer_and_call(inputs: Inputs) -> None:
     assert (first.layer, first.call) == (1, 1)
     assert str(first).startswith("layer 1, call 1 (forward): up of expert 2")
     assert str(first) in report.table()
+
+
+def test_nothing_traced_is_not_called_finite() -> None:
+    with jitmoe.trace() as report:
+        pass
+    assert report.first() is None and report.table().splitlines()[0] == "No call was traced."
 
 
 @pytest.mark.parametrize("tokens", [0, 4])
