@@ -86,8 +86,9 @@ struct Start {
   int64_t rank;
 };
 
-// Asks for some lines of packed weights. Not the builtin: GCC 12 takes a function of nothing but prefetches for
-// one without effect, and drops the call.
+// Ask for one line, and for some lines of packed weights. Not the builtin: GCC 12 takes a function of nothing but
+// prefetches for one without effect, and drops the call.
+inline void prefetch_to_l1(const bf16* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
 inline void prefetch_to_l2(const bf16* lines, int64_t elements) {
   constexpr int64_t kLine = 64 / sizeof(bf16);
   for (int64_t i = 0; i < elements; i += kLine) asm volatile("prefetcht1 %0" : : "m"(lines[i]));

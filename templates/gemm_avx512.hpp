@@ -25,7 +25,6 @@ struct Simd512 {
   static Float high_half(Bits pairs) {
     return as_float(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
   // 16 x 16 transpose of 32-bit lanes: within 128-bit quarters, then of the quarters.

@@ -1,6 +1,6 @@
 // Back end for vectors of float32 with fused multiply-add; `V` wraps one register width. Row blocks are
-// float32 and k-major, [k, m_step]: the m_step values that one step of the contraction broadcasts lie
-// side by side.
+// float32 and k-major, [k, rows of the block]: the values that one step of the contraction broadcasts lie side by
+// side, and what a block of few rows reads of it is short.
 //
 // One register block, m_step rows x 2 vectors (AVX-512: 14 x 32 columns, 28 accumulators of 32 registers;
 // AVX2: 6 x 16 columns, 12 of 16, twice for a strip):
@@ -25,6 +25,8 @@ struct GemmF32 {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kWidth = 2 * kLanes;    // columns of one register block
   static constexpr int64_t kDirectBlocks = 2;  // row blocks up to which the weights are expanded in registers
+  static constexpr int kStreamedRows = kLanes == 16 ? 6 : 3;  // rows up to which memory is the limit
+  static constexpr int64_t kBlocksAhead = 16;
   static constexpr int64_t kChunkBlocks = kChunk / kKStep;
   static_assert(S.m_step <= kLanes, "a row block must fit the lanes of one vector");
 
@@ -38,8 +40,8 @@ struct GemmF32 {
       V::transpose(pairs);
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t at = column + 2 * i;
-        if (at < k) V::store_some(block + at * S.m_step, S.m_step, V::low_half(pairs[i]));
-        if (at + 1 < k) V::store_some(block + (at + 1) * S.m_step, S.m_step, V::high_half(pairs[i]));
+        if (at < k) V::store_some(block + at * count, count, V::low_half(pairs[i]));
+        if (at + 1 < k) V::store_some(block + (at + 1) * count, count, V::high_half(pairs[i]));
       }
     }
   }
@@ -52,7 +54,7 @@ struct GemmF32 {
         values[row] = row < count ? V::load_bits(strip + row * kStrip + c) : V::zero_bits();
       V::transpose(values);
       for (int64_t i = 0; i < smaller(kLanes, columns - c); ++i)
-        V::store_some(block + (column + c + i) * S.m_step, S.m_step, V::as_float(values[i]));
+        V::store_some(block + (column + c + i) * count, count, V::as_float(values[i]));
     }
   }
 
@@ -88,7 +90,7 @@ struct GemmF32 {
                        int64_t rank, float* low) {
     low_rank_rows(
         k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
-        [&](int64_t i) { return V::load_some(block + i * S.m_step, rows); }, low);
+        [&](int64_t i) { return V::load_some(block + i * rows, rows); }, low);
   }
 
   static void outer(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t k, float* c) {
@@ -199,10 +201,10 @@ struct GemmF32 {
       const Ahead ahead(weights, first, kChunkBlocks, all, blocks.count);
       for (int64_t b = 0; b < blocks.count; ++b)
         with_rows(blocks.size(b), [&]<int R>() {
-          const float* a = panel + b * block_elements(k) + first * kKStep * S.m_step;
+          const float* a = panel + b * block_elements(k) + first * kKStep * R;
           const Start from = first ? kAdd : of_block(start, b);
           for (int64_t column = 0; column < kStrip; column += kWidth)
-            accumulate<R>(a, S.m_step, scratch + column, smaller(count * kKStep, k - first * kKStep),
+            accumulate<R>(a, R, scratch + column, smaller(count * kKStep, k - first * kKStep),
                           of_column(from, column), strip + blocks.begin(b) * kStrip + column,
                           column == 0 ? &ahead : nullptr, b);
         });
@@ -223,32 +225,61 @@ struct GemmF32 {
     store_sums<R>(c, kLanes, sum);
   }
 
-  // Few rows: the expansion costs less than writing and reading a panel. They wait for memory: the first of them
-  // brings each block to L2 long before it is read, which the hardware does only within a page (33 against 18 GB/s
-  // with four rows on two threads of Zen 4, 2026-11-24).
+  // Expansion in registers costs less than writing and reading a panel. Very few rows wait for memory: tile after tile
+  // they read it front to back, which the hardware prefetches better than any instruction (58 against 39 GB/s with
+  // two rows on two threads of Zen 4, 2026-11-24). More rows take the chains of two tiles to fill the multipliers, and
+  // the first of them brings each block to L2 long before it is read.
   template <int R>
   static void direct(const float* a, const Weights& weights, bool first_rows, int64_t k, const Start& start,
                      float* c) {
-    constexpr int64_t kAhead = 4096 / sizeof(bf16), kBlocksAhead = 16;
-    constexpr int kPieces = kTile / kLanes;  // vectors across one row of a tile
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int column = 0; column < kTile; column += kLanes) {  // vectors across one row of a tile
       Float sum[R][2];
-      begin_sums<R>(of_column(start, piece * kLanes), c + piece * kLanes, kTile, sum);
+      begin_sums<R>(of_column(start, column), c + column, kTile, sum);
       for (int64_t first = 0; first < k; first += kKStep) {
-        const int64_t block = first / kKStep;
-        if (first_rows && piece == 0)
-          if (const bf16* later = weights.later(block + kBlocksAhead, ceil_div(k, kKStep)))
-            prefetch_to_l2(later, kBlockElements);
-        const bf16* pairs = weights.block(block) + piece * kWidth;
-        for (int64_t i = first; i < smaller(first + kKStep, k); i += 2, pairs += kKStep) {
-          V::prefetch(pairs + kAhead);
-          V::prefetch(pairs + kAhead + kTileElements);
-          const Bits left = V::load_bits(pairs), right = V::load_bits(pairs + kTileElements);
-          fma_row<R>(a + i * S.m_step, V::low_half(left), V::low_half(right), sum);
-          if (i + 1 < k) fma_row<R>(a + (i + 1) * S.m_step, V::high_half(left), V::high_half(right), sum);
+        const int64_t block = first / kKStep, here = smaller(kKStep, k - first);
+        const float* x = a + first * R;
+        const bf16* pairs = weights.block(block) + 2 * column;
+        if constexpr (R <= kStreamedRows) {
+          fma_tile<R, 0>(x, pairs, here, sum);
+          fma_tile<R, 1>(x, pairs + kTileElements, here, sum);
+        } else {
+          if (first_rows && column == 0)
+            if (const bf16* later = weights.later(block + kBlocksAhead, ceil_div(k, kKStep)))
+              prefetch_to_l2(later, kBlockElements);
+          fma_block<R>(x, pairs, here, sum);
         }
       }
-      store_sums<R>(c + piece * kLanes, kTile, sum);
+      store_sums<R>(c + column, kTile, sum);
+    }
+  }
+
+  // The steps of one tile.
+  template <int R, int Tile>
+  [[gnu::always_inline]] static void fma_tile(const float* a, const bf16* pairs, int64_t count,
+                                              Float (&sum)[R][2]) {
+    for (int64_t i = 0; i < count; i += 2, pairs += kKStep) {
+      const Bits both = V::load_bits(pairs);
+      const Float even = V::low_half(both), odd = V::high_half(both);
+#pragma GCC unroll 14
+      for (int row = 0; row < R; ++row) sum[row][Tile] = V::fma(V::set(a[i * R + row]), even, sum[row][Tile]);
+      if (i + 1 == count) break;
+#pragma GCC unroll 14
+      for (int row = 0; row < R; ++row)
+        sum[row][Tile] = V::fma(V::set(a[(i + 1) * R + row]), odd, sum[row][Tile]);
+    }
+  }
+
+  // The steps of both tiles side by side.
+  template <int R>
+  [[gnu::always_inline]] static void fma_block(const float* a, const bf16* pairs, int64_t count,
+                                               Float (&sum)[R][2]) {
+    constexpr int64_t kAhead = 4096 / sizeof(bf16);
+    for (int64_t i = 0; i < count; i += 2, pairs += kKStep) {
+      prefetch_to_l1(pairs + kAhead);
+      prefetch_to_l1(pairs + kAhead + kTileElements);
+      const Bits left = V::load_bits(pairs), right = V::load_bits(pairs + kTileElements);
+      fma_row<R>(a + i * R, V::low_half(left), V::low_half(right), sum);
+      if (i + 1 < count) fma_row<R>(a + (i + 1) * R, V::high_half(left), V::high_half(right), sum);
     }
   }
 
