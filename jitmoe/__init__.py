@@ -7,13 +7,14 @@ import jitmoe.kernels  # noqa: F401  its checks belong to what this machine can 
 from jitmoe.budget import MemoryPlan
 from jitmoe.build import build
 from jitmoe.config import MoEConfig
+from jitmoe.workspace import release_memory
 
 if TYPE_CHECKING:
     from jitmoe.layer import MoELayer
     from jitmoe.pack import safetensors_source
     from jitmoe.tracing import trace
 
-__all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "safetensors_source", "trace"]
+__all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "release_memory", "safetensors_source", "trace"]
 __version__ = "0.1.0"
 
 _LAZY = {"MoELayer": "jitmoe.layer", "safetensors_source": "jitmoe.pack", "trace": "jitmoe.tracing"}

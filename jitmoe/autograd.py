@@ -112,10 +112,7 @@ class MoEFunction(torch.autograd.Function):
         x_grad = empty(x.shape, x.dtype) if ctx.needs_input_grad[1] else None
         weights_grad = torch.zeros_like(weights, dtype=torch.float32, memory_format=torch.contiguous_format)
         wanted = ctx.needs_input_grad[3:]
-        lora_grads = [empty(p.shape, torch.float32) for p in lora] if any(wanted) else []
-        for begin, end in context.route.absent(context.config.num_experts):
-            for grad in lora_grads:
-                grad[begin:end].zero_()
+        lora_grads = _lora_gradients(context, lora) if any(wanted) else []
         tensors = (
             _inputs(context, operand, lora)
             | ({} if x_grad is None else _result(x_grad))
@@ -139,6 +136,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if nbytes < PAGE:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(blocks.take(nbytes)).view(dtype).view(shape)
+
+
+def _lora_gradients(context: CallContext, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
+    if 2 * context.route.active.size < context.config.num_experts:
+        # Fresh pages are zero, and most of them will not be touched.
+        return [torch.zeros_like(p, dtype=torch.float32) for p in lora]
+    grads = [empty(p.shape, torch.float32) for p in lora]
+    for begin, end in context.route.absent(context.config.num_experts):
+        for grad in grads:
+            grad[begin:end].zero_()
+    return grads
 
 
 def _inputs(context: CallContext, operand: torch.Tensor, lora: Any) -> dict[str, torch.Tensor]:
