@@ -135,7 +135,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < PAGE:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.from_numpy(blocks.take(nbytes)).view(dtype).view(shape)
+    memory = torch.from_numpy(blocks.take(nbytes))
+    # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
+    return memory.view(dtype).view(shape).detach()
 
 
 def _lora_gradients(context: CallContext, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:

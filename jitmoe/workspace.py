@@ -99,7 +99,8 @@ class Blocks:
             self._collect()
             found = self._find(nbytes)
         block = allocate(nbytes) if found is None else found
-        view = block[:nbytes]
+        # Through a memoryview: NumPy makes the first array the base of a view of a view, so only `block` would be held.
+        view = np.frombuffer(block.data, np.uint8, nbytes)
         weakref.finalize(view, self._returned.append, block).atexit = False
         return view
 

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from helpers import build_kernels, case_named, different, layer_of, same_bits, usable_isas
+from helpers import EVERY_ISA, build_kernels, case_named, cut_groups, different, layer_of, same_bits, usable_isas
 from torch.utils.checkpoint import checkpoint
-from yardstick import Inputs, Results, make_inputs, results_of_layer
+from yardstick import Inputs, Results, check, make_inputs, results_of_layer
 
-from jitmoe import MoELayer
+from jitmoe import MoELayer, autograd, plan
+from jitmoe.memory import ITEM_BYTES, saved_tensors
 from jitmoe.reference import LoraTensors
+from jitmoe.workspace import Blocks
 
 ISA = usable_isas()[0]
 SMALL = case_named("small")
@@ -234,6 +237,133 @@ def test_nodes_before_and_after(layer: MoELayer, first: Inputs) -> None:
     outer.backward()
     inner.out.backward(outer.x.grad + first.dout)
     assert same_bits(leaf.grad, inner.x.grad.float() * 2)
+
+
+class PoisonedBlocks(Blocks):
+    """All bits of what is taken are set: a NaN in bfloat16 and in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reused = 0
+
+    def take(self, nbytes: int) -> np.ndarray:
+        before = self.held_bytes()
+        block = super().take(nbytes)
+        self.reused += self.held_bytes() < before
+        block[:] = 0xFF
+        return block
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PoisonedBlocks]:
+    """Tensors of any size take poisoned blocks from the call on."""
+
+    def begin() -> PoisonedBlocks:
+        blocks = PoisonedBlocks()
+        monkeypatch.setattr(autograd, "PAGE", 0)
+        monkeypatch.setattr(autograd, "blocks", blocks)
+        return blocks
+
+    return begin
+
+
+class TestReusedMemory:
+    def test_backwards_in_reverse(
+        self, layer: MoELayer, first: Inputs, second: Inputs, small_ones_too: Callable[[], PoisonedBlocks]
+    ) -> None:
+        expected = alone(layer, first), alone(layer, second)
+        sums = {name: expected[1][name] + expected[0][name] for name in LoraTensors._fields}
+        blocks = small_ones_too()
+        for _ in range(3):
+            one, two = Pending(layer, first), Pending(layer, second)
+            two.backward()
+            one.backward()
+            assert different(one.own(), own(expected[0])) == []
+            assert different(two.own(), own(expected[1])) == []
+            assert different(lora_grads(layer), sums) == []
+            layer.zero_grad()
+        assert blocks.reused > 10
+
+    def test_what_is_saved_is_held_until_backward(
+        self, layer: MoELayer, first: Inputs, small_ones_too: Callable[[], PoisonedBlocks]
+    ) -> None:
+        blocks = small_ones_too()
+        pending = Pending(layer, first)
+        assert blocks.held_bytes() == 0
+        pending.backward()
+        saved = [] if layer.config.recompute else saved_tensors(96, first.topk_ids.numel(), rank=8)
+        assert blocks.held_bytes() == sum(np.prod(s.shape) * ITEM_BYTES[s.dtype] for s in saved)
+        del pending
+        layer.zero_grad()
+        assert blocks.held_bytes() > first.x.nbytes
+
+    def test_results_that_are_kept_stay_as_they_are(
+        self, layer: MoELayer, first: Inputs, second: Inputs, small_ones_too: Callable[[], PoisonedBlocks]
+    ) -> None:
+        blocks = small_ones_too()
+        pending = Pending(layer, first)
+        pending.backward()
+        kept = {**pending.own(), **{name: layer.get_parameter(name).grad for name in LoraTensors._fields}}
+        parts = {name: value[1:] for name, value in kept.items()}
+        copies = {name: value.clone() for name, value in kept.items()}
+        views = {name: value[1:] for name, value in copies.items()}
+        del pending
+        for round_ in range(4):
+            layer.zero_grad(set_to_none=True)
+            Pending(layer, second).backward()
+            Pending(layer, first)
+            assert different(kept or parts, copies if kept else views) == []
+            if round_ == 1:
+                kept.clear()
+        assert different(parts, views) == [] and blocks.reused > 10
+
+    def test_results_can_be_written_in_place(
+        self, layer: MoELayer, first: Inputs, small_ones_too: Callable[[], PoisonedBlocks]
+    ) -> None:
+        """As for small ones: torch would refuse it if the memory were seen to be a view of a block."""
+        expected = alone(layer, first)
+        small_ones_too()
+        pending = Pending(layer, first)
+        pending.out += 1
+        pending.backward()
+        assert different(pending.own() | lora_grads(layer), {**expected, "out": expected["out"] + 1}) == []
+        pending.x.grad.add_(1)
+        layer.gate_lora_a.grad.mul_(2)
+
+    @pytest.mark.parametrize("chosen", [[2], [0, 3], [1, 2], [0, 1, 3]], ids=str)
+    def test_gradients_of_experts_without_rows_are_zero(
+        self, layer: MoELayer, first: Inputs, small_ones_too: Callable[[], PoisonedBlocks], chosen: list[int]
+    ) -> None:
+        """Few experts with rows, whose gradients are fresh zeros, and many."""
+        inputs = replace(first, topk_ids=torch.tensor(chosen)[first.topk_ids % len(chosen)])
+        expected = alone(layer, inputs)
+        blocks = small_ones_too()
+        for _ in range(2):
+            Pending(layer, inputs).backward()
+            grads = lora_grads(layer)
+            assert different(grads, lora(expected)) == []
+            for name, grad in grads.items():
+                per_expert = grad.flatten(1)
+                assert per_expert.isfinite().all(), name
+                assert per_expert.any(1).tolist() == [expert in chosen for expert in range(4)], name
+            layer.zero_grad()
+        assert blocks.reused
+
+    @EVERY_ISA
+    def test_an_expert_in_many_groups_adds_its_gradients(
+        self, isa: str, small_ones_too: Callable[[], PoisonedBlocks], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its first rows write over what was in the memory, the others add to it; saved or computed again."""
+        inputs = make_inputs(replace(SMALL, tokens=200))
+        m_step = plan.M_STEPS[isa][0]
+        layers = [layer_of(inputs, isa, m_step=m_step, recompute=recompute) for recompute in (False, True)]
+        groups = cut_groups(monkeypatch, group_bytes=1)
+        expected = alone(layers[0], inputs)
+        assert all(len(found.bounds) - 1 > SMALL.experts for found in groups), "no expert was cut"
+        check(expected, inputs)
+        small_ones_too()
+        for layer in layers * 2:
+            assert different(alone(layer, inputs), expected) == []
 
 
 class TestChangedBehindOurBack:

@@ -9,17 +9,21 @@ import itertools
 import math
 import random
 import re
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from helpers import EVERY_ISA, NATIVE, build_kernels, case_named, different, layer_of, usable_isas
 from hypothesis import given
 from hypothesis import strategies as st
 from yardstick import Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoEConfig, MoELayer, experts, memory, plan
+import jitmoe
+from jitmoe import MoEConfig, MoELayer, autograd, experts, memory, plan, workspace
 from jitmoe.budget import Held
 from jitmoe.config import ISAS
 from jitmoe.errors import PlanError
@@ -36,7 +40,7 @@ from jitmoe.memory import (
     thread_strides,
 )
 from jitmoe.render import template_dir
-from jitmoe.workspace import Arenas
+from jitmoe.workspace import Arenas, Blocks
 
 STEPS = 6
 ISA = usable_isas()[0]
@@ -289,6 +293,169 @@ class TestArenas:
         with pytest.raises(KeyboardInterrupt), arenas.lease(1000):
             raise KeyboardInterrupt
         assert arenas.held_bytes() == 1000
+
+
+def address(block: np.ndarray) -> int:
+    return block.ctypes.data
+
+
+class TestBlocks:
+    @pytest.fixture
+    def total(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        """Bytes of all blocks that exist, free or not."""
+        made: list[weakref.ref[np.ndarray]] = []
+
+        def allocate(nbytes: int) -> np.ndarray:
+            block = np.zeros(max(nbytes, 1), np.uint8)
+            made.append(weakref.ref(block))
+            return block
+
+        monkeypatch.setattr(workspace, "allocate", allocate)
+        return lambda: sum(block.nbytes for ref in made if (block := ref()) is not None)
+
+    @staticmethod
+    def free(*sizes: int) -> tuple[Blocks, list[int]]:
+        """Blocks of these sizes that are free, and where they are."""
+        blocks = Blocks()
+        taken = [blocks.take(size) for size in sizes]
+        return blocks, [address(block) for block in taken]
+
+    VIEWS = (
+        lambda block: block[10:],
+        lambda block: memoryview(block)[10:],
+        torch.from_numpy,
+        lambda block: torch.from_numpy(block).view(torch.bfloat16).view(-1, 10).T[1:],
+        lambda block: torch.from_numpy(block).detach().numpy()[:10],
+        lambda block: torch.from_numpy(block).untyped_storage(),
+    )
+
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_a_block_is_taken_until_its_last_view_is_gone(self, view: Callable[[np.ndarray], object]) -> None:
+        blocks = Blocks()
+        block = blocks.take(1000)
+        kept = view(block)
+        assert blocks.held_bytes() == 0
+        del block
+        assert blocks.held_bytes() == 0, "a view is left"
+        del kept
+        assert blocks.held_bytes() == 1000
+
+    def test_a_tensor_of_the_layer_has_a_block_until_it_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(autograd, "PAGE", 0)
+        monkeypatch.setattr(autograd, "blocks", blocks := Blocks())
+        for shape, dtype in (((3, 5, 7), torch.bfloat16), ((4, 9), torch.float32), ((0, 4), torch.float32)):
+            tensor = autograd.empty(shape, dtype)
+            assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+            part = tensor[1:]
+            del tensor
+            assert blocks.held_bytes() == 0
+            del part
+            assert blocks.held_bytes() == max(math.prod(shape) * dtype.itemsize, 1)
+            blocks.release()
+
+    def test_the_smallest_that_fits_is_taken(self) -> None:
+        blocks, (_, small, large) = self.free(900, 1100, 1500)
+        one = blocks.take(1000)
+        two = blocks.take(1000)
+        assert (address(one), address(two)) == (small, large)
+        assert (one.nbytes, blocks.held_bytes()) == (1000, 900)
+
+    def test_none_is_taken_that_would_be_half_empty(self) -> None:
+        blocks, (place,) = self.free(2000)
+        assert address(blocks.take(1000)) == place
+        assert blocks.held_bytes() == 2000
+        block = blocks.take(999)
+        assert blocks.held_bytes() == 0, "it made room"
+        del block
+        assert blocks.held_bytes() == 999
+
+    def test_the_smallest_make_room_for_a_new_one(self) -> None:
+        blocks, _ = self.free(500, 3000, 600, 700)
+        block = blocks.take(1050)
+        assert blocks.held_bytes() == 3700
+        del block
+
+    def test_what_exists_is_bounded_by_what_was_in_use_at_one_time(self, total: Callable[[], int]) -> None:
+        """A block in use is at least half full, and none is added to free ones that could make room for it."""
+        blocks, generator = Blocks(), random.Random(0)
+        taken: list[np.ndarray] = []
+        used = most = reused = 0
+        for _ in range(3000):
+            if taken and generator.random() < 0.5:
+                used -= taken.pop(generator.randrange(len(taken))).nbytes
+                continue
+            before = blocks.held_bytes()
+            taken.append(blocks.take(generator.choice([1, 10, 100, 1000]) * generator.randint(1, 30)))
+            taken[-1][:] = 0xFF
+            reused += before > blocks.held_bytes()
+            used += taken[-1].nbytes
+            most = max(most, used)
+            assert used <= total() - blocks.held_bytes() <= 2 * used
+            assert total() <= 2 * most
+        assert reused > 500
+        assert len({address(block) for block in taken}) == len(taken)
+
+    def test_release(self) -> None:
+        blocks, _ = self.free(1000, 2000)
+        block = blocks.take(1000)
+        blocks.release()
+        assert blocks.held_bytes() == 0
+        block[:] = 1
+        del block
+        assert blocks.held_bytes() == 1000, "what was in use comes back later"
+
+    def test_no_memory_is_a_memory_error_and_nothing_is_lost(self) -> None:
+        blocks = Blocks()
+        with pytest.raises(MemoryError, match=f"cannot allocate {1 << 60} bytes"):
+            blocks.take(1 << 60)
+        assert blocks.take(1000).nbytes == 1000
+        assert blocks.held_bytes() == 1000
+
+    def test_threads_do_not_meet_in_a_block(self) -> None:
+        blocks = Blocks()
+        met: list[int] = []
+
+        def work(mark: int) -> None:
+            generator = random.Random(mark)
+            for _ in range(500):
+                held = [blocks.take(generator.randint(1000, 1500)) for _ in range(3)]
+                for index, block in enumerate(held):
+                    block[:] = mark + index
+                met.extend(mark for index, block in enumerate(held) if (block != mark + index).any())
+
+        threads = [threading.Thread(target=work, args=(mark,)) for mark in (10, 20, 30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert met == [] and not any(thread.is_alive() for thread in threads)
+        assert 0 < blocks.held_bytes() <= 3 * 6 * 1500, "three of each thread, beside the three before them"
+
+    def test_a_tensor_may_die_while_the_lock_is_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As where the garbage collector runs there."""
+        blocks = Blocks()
+        dying, find = [blocks.take(1000)], blocks._find
+
+        def collected(nbytes: int) -> np.ndarray | None:
+            dying.clear()
+            return find(nbytes)
+
+        monkeypatch.setattr(blocks, "_find", collected)
+        thread = threading.Thread(target=blocks.take, args=(10,), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "it waits for itself"
+        assert blocks.held_bytes() == 1010
+
+
+def test_release_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "PAGE", 0)
+    inputs = make_inputs(case_named("ragged_31"))
+    results_of_layer(layer_of(inputs, ISA), inputs)
+    assert workspace.arenas.held_bytes() > 0 and workspace.blocks.held_bytes() > 0
+    jitmoe.release_memory()
+    assert workspace.arenas.held_bytes() == workspace.blocks.held_bytes() == 0
+    assert "release_memory" in jitmoe.__all__
 
 
 class PoisonedArenas:

@@ -1,6 +1,7 @@
 """Routing against NumPy's stable argsort, and the ids that it must refuse or skip."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_sorts_as_numpy_does(case: tuple[np.ndarray, int]) -> None:
 def test_skips_every_id_outside_the_experts(case: tuple[np.ndarray, int]) -> None:
     topk_ids, num_experts = case
     assert_same(route(topk_ids, num_experts, allow_skip=True), model(topk_ids, num_experts))
+
+
+@settings(deadline=None, max_examples=300)
+@given(routings(outside=True))
+def test_absent_experts_in_ranges_that_do_not_touch(case: tuple[np.ndarray, int]) -> None:
+    topk_ids, num_experts = case
+    ranges = list(route(topk_ids, num_experts, allow_skip=True).absent(num_experts))
+    found = [expert for begin, end in ranges for expert in range(begin, end)]
+    assert found == np.setdiff1d(np.arange(num_experts), topk_ids).tolist()
+    assert all(begin < end for begin, end in ranges)
+    assert all(end < begin for (_, end), (begin, _) in pairwise(ranges))
 
 
 def one_expert(_: np.random.Generator) -> np.ndarray:

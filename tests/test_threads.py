@@ -13,7 +13,7 @@ import torch
 from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, run_python, same_bits, usable_isas
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, plan, tokens, workspace
+from jitmoe import MoELayer, autograd, plan, tokens, workspace
 from jitmoe.reference import LoraTensors
 
 ISA = usable_isas()[0]
@@ -267,9 +267,13 @@ class TestFork:
 
         in_forked_child(work)
 
-    def test_while_another_thread_holds_the_arenas(self, layer: MoELayer, inputs: Inputs) -> None:
+    @pytest.mark.parametrize("owner", ["arenas", "blocks"])
+    def test_while_another_thread_holds_the_memory(
+        self, layer: MoELayer, inputs: Inputs, owner: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(autograd, "PAGE", 0)
         expected = results_with(2, layer, inputs)
-        with workspace.arenas._lock:
+        with getattr(workspace, owner)._lock:
             in_forked_child(lambda: not different(results_of_layer(layer, inputs), expected))
 
     def test_a_child_of_a_child(self, layer: MoELayer, inputs: Inputs) -> None:
