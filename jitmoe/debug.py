@@ -87,10 +87,14 @@ def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verd
     while not node.name().startswith("MoEFunction"):  # reshapes come after it
         node = node.next_functions[0][0]
     every_row = torch.ones(len(alone.x), dtype=torch.bool)
+    names = [s.name for s in node.context.saved_tensors()]
+    saved = dict(zip(names, node.saved_tensors[-len(names) :], strict=True))
     verdicts = []
-    for name, saved in zip(("gate", "up"), node.saved_tensors[-2:], strict=True):
+    for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
-        ours = saved.transpose(0, 1).flatten(1)[:, : oracle.shape[1]]  # strip by strip, the last one padded
+        ours = (
+            saved[f"saved_{name}"].transpose(0, 1).flatten(1)[:, : oracle.shape[1]]
+        )  # strip by strip, the last one padded
         error = (plain.double() - oracle).flatten()
         verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))
     return verdicts

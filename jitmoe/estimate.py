@@ -138,7 +138,7 @@ WHAT = {
     "packed weight": "the only copy of the base",
     "parameter": "LoRA",
     "gradient": "LoRA",
-    "saved": "for backward: x, routes, gate and up",
+    "saved": "for backward: x, routes, gate and up, LoRA's low-rank products",
     "input": "of the caller",
     "result": "out and gradients of the inputs",
     "transient": "of one pass, outside the arena",

@@ -352,7 +352,7 @@ class TestMemory:
         found = footprint.Footprint(case, plan, plan.nbytes, plan.arena)
         routes, row_weight = 3 * 8 * slots, 4 * slots
         assert (found.unplanned, found.beyond) == (0, plan.arena + routes + row_weight)
-        assert found.working == kinds["scratch"] + routes + 2 * 2 * slots * 32
+        assert found.working == kinds["scratch"] + routes + 2 * 2 * slots * 32 + 3 * 4 * slots * 8
         less = footprint.Footprint(case, plan, plan.nbytes + 7, plan.arena - 64)
         assert (less.unplanned, less.beyond) == (71, found.beyond + 7)
 
