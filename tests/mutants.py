@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "recomputed_the_wrong_way_round",
         "templates/backward.hpp",
-        "gate_of(segment, strip), up_of(segment, strip), nullptr);",
-        "up_of(segment, strip), gate_of(segment, strip), nullptr);",
+        "this->gate_up(segment, strip, gate_of(segment, strip), up_of(segment, strip),",
+        "this->gate_up(segment, strip, up_of(segment, strip), gate_of(segment, strip),",
         ("test_ancestor.py::test_recomputing_drew_another_dropout_mask",),
         "What backward computes again is not what forward had: gate and up change places.",
     ),
