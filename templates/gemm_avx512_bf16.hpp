@@ -37,12 +37,14 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
 
   static void pack_strip(const float* strip, int64_t count, int64_t column, int64_t columns, int64_t,
                          Operand* block) {
+    const int64_t lefts = smaller(columns, 16), rights = columns - lefts;
     __m512i pairs[16];
     for (int row = 0; row < 16; ++row) {
+      const bool inside = row < count;  // beyond are other strips, or nothing
       const float* values = strip + row * kStrip;
-      const __m512 left = V::load_some(values, smaller(columns, 16));
-      const __m512 right = V::load_some(values + 16, columns > 16 ? columns - 16 : 0);
-      pairs[row] = row < count ? reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left)) : V::zero_bits();
+      const __m512 left = V::load_some(values, inside ? lefts : 0);
+      const __m512 right = V::load_some(values + 16, inside ? rights : 0);
+      pairs[row] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left));
     }
     store_pairs(pairs, count, column, column + columns, block);
   }

@@ -253,6 +253,16 @@ MUTANTS = (
         isa="avx512_bf16",
     ),
     Mutant(
+        "rows_of_another_strip",
+        "templates/gemm_avx512_bf16.hpp",
+        "V::load_some(values, inside ? lefts : 0)",
+        "V::load_some(values, lefts)",
+        ("test_faults_memory.py::test_no_byte_beyond_any_buffer_of_scratch_is_touched",),
+        "Rows behind the last one of a strip are read, and those behind the last strip are nobody's.",
+        isa="avx512_bf16",
+        ends_process=True,
+    ),
+    Mutant(
         "whole_last_k_step",
         "templates/gemm_f32.hpp",
         "smaller(count * kKStep, k - first * kKStep)",

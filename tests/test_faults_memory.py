@@ -15,7 +15,8 @@ from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, r
 from torch import Tensor
 from yardstick import Case, Inputs, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, autograd, experts, kernels, route, workspace
+from jitmoe import MoELayer, autograd, experts, kernels, memory, route, workspace
+from jitmoe.memory import Buffer, Placed, ScratchPlan
 from jitmoe.pack import Seal
 
 ISA = usable_isas()[0]
@@ -135,6 +136,51 @@ def test_no_byte_beyond_any_tensor_is_touched(
     assert len(fences.made) == 9 + 4 + saved_and_scratch + 1 + 8, "the results were not between fences"
     assert different(found, expected) == []
     fences.check()
+
+
+class FencedBuffers:
+    """Scratch in which each buffer ends at a forbidden page; the planner's placement and the arenas at once."""
+
+    def __init__(self) -> None:
+        self.pages: list[int] = []
+        self.leases: list[mmap.mmap] = []
+
+    def place(self, buffers: list[Buffer], gap: int) -> ScratchPlan:
+        placed, end = [], 0
+        self.pages = []
+        for buffer in buffers:
+            end += -(-max(buffer.nbytes, 1) // PAGE) * PAGE
+            placed.append(Placed(buffer, end - buffer.nbytes))
+            self.pages.append(end)
+            end += PAGE
+        return ScratchPlan(tuple(placed), end)
+
+    def lease(self, nbytes: int) -> Any:
+        self.leases.append(mmap.mmap(-1, nbytes))
+        arena = np.frombuffer(self.leases[-1], np.uint8)
+        arena[:] = 0xFF
+        for page in self.pages:
+            assert Fence.libc.mprotect(ctypes.c_void_p(arena.ctypes.data + page), PAGE, 0) == 0
+        return nullcontext(arena.ctypes.data)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("case", [*RAGGED, case_named("all_ones")], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("plans_are_not_kept")
+def test_no_byte_beyond_any_buffer_of_scratch_is_touched(
+    isa: str, case: Case, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one thread, so that what belongs to it ends with its buffer. Ends the process as the test above does."""
+    inputs = make_inputs(case)
+    layer = layer_of(inputs, isa, recompute=recompute)
+    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    fenced = FencedBuffers()
+    monkeypatch.setattr(memory, "place", fenced.place)
+    monkeypatch.setattr(experts, "arenas", fenced)
+    monkeypatch.setattr(experts, "usable_threads", lambda _: 1)
+    assert different(results_of_layer(layer, inputs), expected) == []
+    assert len(fenced.leases) == 2
 
 
 def test_a_fence_ends_the_process() -> None:
