@@ -122,7 +122,11 @@ class Footprint:
 
 def _has_a_name(kind: str, name: str) -> bool:
     """Whether a user would name this tensor; the others are working memory."""
-    return kind in ("packed weight", "parameter", "gradient", "result") or name.startswith(("saved_", "new "))
+    return (
+        kind in ("packed weight", "parameter", "gradient", "result")
+        or name in ("saved_gate", "saved_up")
+        or name.startswith("new ")
+    )
 
 
 def measure_footprints(workload: Workload, isa: str, lora_dtype: str, threads: int) -> Iterator[Footprint]:
