@@ -87,14 +87,21 @@ def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> Bu
     return BuildReport(tuple(build_instances([render.render(shape) for shape in shapes], progress)))
 
 
-def build_instances(instances: Sequence[Instance], progress: bool = False) -> list[KernelReport]:
+def build_instances(
+    instances: Sequence[Instance], progress: bool = False, store: cache.Cache | None = None
+) -> list[KernelReport]:
     """Find or compile each of ``instances``, one compiler per core at a time; reports in the given order.
+
+    Args:
+        instances: to compile.
+        progress: as for :func:`build`.
+        store: where they are kept; the process's cache where not given.
 
     Raises:
         BuildError: the first that failed; builds that had not started are not begun.
         CacheSecurityError: if somebody else could write into the cache.
     """
-    compiler, headers, store = toolchain.find_compiler(), template_headers(), cache.open_cache()
+    compiler, headers, store = toolchain.find_compiler(), template_headers(), store or cache.open_cache()
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         futures = [pool.submit(_find_or_compile, instance, compiler, headers, store) for instance in instances]
         try:

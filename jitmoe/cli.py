@@ -162,6 +162,9 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="memory of our layer beside its plan, in processes of its own; default W1 W2 W4 W6s",
     )
+    mode.add_argument(
+        "--targets", action="store_true", help="all targets beside what this machine reaches; takes 10 to 30 minutes"
+    )
     mode.add_argument("--sweep", choices=("tokens", "experts", "rank", "threads"), help="cost along one axis")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: the roofline, or the sweep")

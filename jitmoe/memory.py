@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jitmoe.errors import PlanError
-from jitmoe.plan import K_STEP, N_STRIP, PAIRED_OPERANDS, Shape, ceil_div, round_up
+from jitmoe.plan import K_STEP, N_STRIP, PAIRED_OPERANDS, PLANS_KEPT, Shape, ceil_div, round_up
 
 FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
@@ -26,9 +26,6 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int64": 8}
 
 SHUFFLES = 64
 """Orders tried at random where no ordinary one packs a pass as tightly as can be; few sizes need any."""
-
-PLANS_KEPT = 256
-"""Proved plans of either pass that are kept for calls of the same sizes: a plan takes 0.2 ms, a decoded token 4."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """The benchmark's arithmetic, its honesty, and the form of what it writes; never the speed of anything."""
 
+import importlib
 import itertools
 import json
 import os
 import struct
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from helpers import usable_isas
 
 from jitmoe import MemoryPlan, cli
-from jitmoe.bench import ceilings, footprint, machine, measure, peers, phases, plot, report, sweep
+from jitmoe.bench import ceilings, footprint, machine, measure, peers, phases, plot, report, startup, sweep, targets
 from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.data import batches, make_base
 from jitmoe.bench.measure import Measurement, Options, Outcome
@@ -20,7 +21,7 @@ from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
 from jitmoe.bench.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
 from jitmoe.errors import BenchError, ConfigError
 from jitmoe.kernels import STEPS
-from jitmoe.plan import Shape
+from jitmoe.plan import Shape, plan_kernels
 
 TINY = Workload("tiny", experts=4, hidden=64, intermediate=32, top_k=2, rank=8, tokens=12)
 OURS = Options(isas=("ref",), repeat=2)
@@ -306,6 +307,62 @@ def hold_for_a_moment(nbytes: int, before: int) -> int:
 TRAINING_MODE, _, FORWARD_MODE = footprint.MODES
 
 
+class TestTargets:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def lines(cls):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ceilings.Ceilings.__init__, "__defaults__", (1 << 20, 1000))
+            patch.setattr(targets, "find_workload", lambda name: replace(TINY, name=name, zipf=name == "W2z"))
+            return targets.measure_targets("ref", replace(OURS, peers=("torch-f32", "grouped-f32")), 1)[1]
+
+    def test_every_target_has_a_line(self, lines):
+        assert len({line.what for line in lines}) == len(lines) == len(targets.ROOFLINE) + len(targets.FASTER) + 9
+        table = targets.targets_table(lines)
+        assert all(line.what in table and line.wanted in table for line in lines)
+        assert f"{sum(line.met for line in lines)} of {len(lines)} targets met" in table
+        assert json.loads(json.dumps(targets.targets_json(lines)))[0]["wanted"] == ">= 85%"
+
+    def test_what_was_not_measured_is_not_met(self, lines):
+        absent = [line for line in lines if "torch bf16" in line.what or "PEFT" in line.what]
+        assert len(absent) == 9
+        assert all("not measured" in line.measured and not line.met for line in absent)
+
+    @pytest.mark.parametrize(("ratios", "met"), [((2.4, 2.3), True), ((2.4, 2.29), False)])
+    def test_the_best_peer_decides(self, outcome, ratios, met):
+        peers = [
+            replace(m, ratios={"ref": ratio}, contender=replace(m.contender, name=name))
+            for m in outcome.measurements
+            if m.pass_name == FORWARD and m.contender.name == "torch-f32"
+            for name, ratio in zip(("torch-f32", "grouped-f32"), ratios, strict=True)
+        ]
+        outcomes = {name: Outcome(TINY, peers) for name in targets.MEASURED}
+        lines = {line.what: line for line in targets._faster_lines(outcomes, "ref")}
+        assert lines["W1 forward, times faster than torch float32"].met is met
+
+    def test_a_roofline_share_names_its_bound(self, outcome):
+        ours = next(m for m in outcome.measurements if m.contender.isa and m.pass_name == FORWARD)
+        rates = {"fma": [ours.work.flop / (0.86 * ours.median)], "read": [1e18]}
+        outcomes = {name: Outcome(TINY, outcome.measurements, rates) for name in targets.MEASURED}
+        line = next(targets._roofline_lines(outcomes, "ref"))
+        assert (line.measured, line.met) == ("86% of arithmetic", True)
+        rates["read"] = [ours.work.nbytes / (0.84 * ours.median)]
+        rates["fma"] = [1e18]
+        line = next(targets._roofline_lines(outcomes, "ref"))
+        assert (line.measured, line.met) == ("84% of memory read", False)
+
+
+class TestStartup:
+    def test_each_kernel_is_compiled_anew(self):
+        found = startup._compilation(TINY, "ref")
+        assert len(found) == len(plan_kernels(TINY.config("ref"), "ref").shapes)
+        assert min(found.values()) > 0.05, "no compiler is that fast: something came from a cache"
+
+    def test_a_process_that_fails(self):
+        with pytest.raises(BenchError, match="status 1"):
+            startup._process_seconds(importlib.import_module, "no_such_module")
+
+
 class TestMemory:
     @pytest.mark.parametrize("before", [0, 100_000_000])
     def test_the_meter_sees_a_buffer_of_known_size(self, before):
@@ -350,9 +407,9 @@ class TestMemory:
         plan = case.plan()
         kinds, slots = plan.by_kind(), TINY.slots
         found = footprint.Footprint(case, plan, plan.nbytes, plan.arena)
-        routes, row_weight = 3 * 8 * slots, 4 * slots
-        assert (found.unplanned, found.beyond) == (0, plan.arena + routes + row_weight)
-        assert found.working == kinds["scratch"] + routes + 2 * 2 * slots * 32 + 3 * 4 * slots * 8
+        routes, row_weight, low_rank = 3 * 8 * slots, 4 * slots, 3 * 4 * slots * TINY.rank
+        assert (found.unplanned, found.beyond) == (0, plan.arena + routes + row_weight + low_rank)
+        assert found.working == kinds["scratch"] + routes + low_rank + 2 * 2 * slots * 32
         less = footprint.Footprint(case, plan, plan.nbytes + 7, plan.arena - 64)
         assert (less.unplanned, less.beyond) == (71, found.beyond + 7)
 

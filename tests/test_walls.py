@@ -52,10 +52,12 @@ ORDER = [
     "bench.peers",
     "bench.measure",
     "bench.footprint",
+    "bench.startup",
     "bench.phases",
     "bench.predict",
     "bench.sweep",
     "bench.report",
+    "bench.targets",
     "bench.plot",
     "bench.command",
     "replay",
@@ -68,7 +70,18 @@ ORDER = [
 
 BENCH_WITH_TORCH = {
     f"bench.{name}"
-    for name in ("data", "machine", "contenders", "peers", "measure", "footprint", "phases", "sweep", "command")
+    for name in (
+        "data",
+        "machine",
+        "contenders",
+        "peers",
+        "measure",
+        "footprint",
+        "startup",
+        "phases",
+        "sweep",
+        "command",
+    )
 }
 
 WALLS = {

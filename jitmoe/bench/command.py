@@ -20,6 +20,7 @@ from jitmoe.bench.peers import choose_peers
 from jitmoe.bench.phases import measure_phases, phases_json, phases_table
 from jitmoe.bench.predict import check_table, prediction_table
 from jitmoe.bench.sweep import SWEPT, run_sweep, sweep_json, sweep_table
+from jitmoe.bench.targets import measure_targets, targets_json, targets_table
 from jitmoe.bench.workloads import W6, WORKLOADS, Workload, find_workload
 from jitmoe.errors import BenchError, ConfigError
 
@@ -53,6 +54,8 @@ def run(arguments: Namespace) -> int:
     print(report.machine_lines(facts))
     if arguments.phases:
         result = _phases(workloads, options)
+    elif arguments.targets:
+        result = _targets(arguments, options, threads)
     elif arguments.memory:
         result = _memory(workloads, options, threads)
     elif arguments.sweep:
@@ -86,6 +89,16 @@ def _phases(workloads: list[Workload], options: Options) -> dict[str, Any]:
     return {"phases": [phases_json(phases) for phases in found]}
 
 
+def _targets(arguments: Namespace, options: Options, threads: int) -> dict[str, Any]:
+    if len(options.isas) != 1:
+        raise BenchError("--targets takes one instruction set")
+    outcomes, lines = measure_targets(options.isas[0], options, threads)
+    print(f"\n{targets_table(lines)}")
+    if arguments.plot:
+        plot.plot_roofline(outcomes, _title(threads), arguments.plot)
+    return report.as_json(outcomes, machine.peak_bytes()) | {"targets": targets_json(lines)}
+
+
 def _memory(workloads: list[Workload], options: Options, threads: int) -> dict[str, Any]:
     found: list[Footprint] = []
     for workload in workloads:
@@ -116,6 +129,8 @@ def _predict(workloads: list[Workload], options: Options, threads: int) -> dict[
 
 def _workloads(arguments: Namespace) -> list[Workload]:
     """The named ones, or one of the sizes given, or the default of the mode."""
+    if arguments.targets and arguments.workloads:
+        raise ConfigError("--targets has workloads of its own: give no names")
     given = {field: value for option, field in SIZES.items() if (value := getattr(arguments, option)) is not None}
     if given and arguments.workloads:
         raise ConfigError("give names of workloads or sizes of your own, not both")

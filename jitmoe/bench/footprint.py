@@ -113,7 +113,7 @@ class Footprint:
     def beyond(self) -> int:
         """Measured bytes of scratch, routes, and of all that has no plan.
 
-        They are beyond weights, parameters, gradients of the parameters and of the inputs, out, and what forward saves.
+        They are beyond weights, parameters, gradients of the parameters and of the inputs, out, and gate and up saved.
         """
         step = self.plan.peak_step
         named = [t for t in self.plan.held if t.first <= step <= t.last and _has_a_name(t.kind, t.name)]
@@ -122,7 +122,11 @@ class Footprint:
 
 def _has_a_name(kind: str, name: str) -> bool:
     """Whether a user would name this tensor; the others are working memory."""
-    return kind in ("packed weight", "parameter", "gradient", "result") or name.startswith(("saved_", "new "))
+    return (
+        kind in ("packed weight", "parameter", "gradient", "result")
+        or name in ("saved_gate", "saved_up")
+        or name.startswith("new ")
+    )
 
 
 def measure_footprints(workload: Workload, isa: str, lora_dtype: str, threads: int) -> Iterator[Footprint]:
@@ -238,7 +242,7 @@ def footprint_table(footprints: Sequence[Footprint]) -> str:
         f"{table(rows)}\n"
         f"Neither figure has what the caller made before: {', '.join(CALLER)}. Gradients of a former call are beside\n"
         "the new ones. Planned scratch is that of the worst routing.\n"
-        "beyond: measured, less weights, parameters, all gradients, out, and what forward saves.\n"
+        "beyond: measured, less weights, parameters, all gradients, out, and gate and up saved.\n"
         "unplanned: measured, less the plan with the scratch of the routing at hand."
     )
 
