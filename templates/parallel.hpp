@@ -175,7 +175,8 @@ void announce_sums(const Call& call, Access access, int64_t strip) {
   announce<S>(call, access, &Call::sums, sums_of(call, strip), call.tokens * kStrip * sizeof(float));
 }
 
-// No barrier: the steps before the first addition end in some, and there is one for a call without rows.
+// No barrier: the steps before the first addition end in some. A call without rows has no such steps, and a checked
+// one changes the lives of buffers at the first of them.
 template <Shape S>
 void clear_sums(const Call& call, const ThreadScratch& scratch) {
   const Lap<S> lap(scratch, Step::sums);
@@ -184,7 +185,7 @@ void clear_sums(const Call& call, const ThreadScratch& scratch) {
     announce_sums<S>(call, Access::write, strip);
     for (int64_t i = 0; i < call.tokens * kStrip; ++i) sums_of(call, strip)[i] = 0.0f;
   }
-  if (!call.groups) {
+  if (!call.groups || S.watch == Watch::memory) {
 #pragma omp barrier
   }
 }
