@@ -139,6 +139,13 @@ class TestOutcome:
         assert all(len(m.seconds) == 2 for m in outcome.measurements)
         assert all(len(values) == 2 for values in outcome.ceilings.values())
 
+    def test_nobody_holds_weights_afterwards(self, outcome):
+        """Five workloads with all peers took 24 GB."""
+        for measurement in outcome.measurements:
+            assert measurement.contender.parameters == ()
+            with pytest.raises(BenchError, match="given its weights back"):
+                measurement.contender.call()
+
     def test_our_rows_name_kernels_and_scratch(self, outcome):
         forward, training = outcome.measurements[:2]
         assert [shape.isa for shape in forward.kernels] == ["ref"]

@@ -1,7 +1,7 @@
 """Who runs: one function from a batch to the result, and what must be known to judge its time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Contender:
     bf16_products: bool
     isa: str | None = None
     comparable: str = "lora"
+
+    def without_weights(self) -> "Contender":
+        """Who it was, for tables: it cannot be called any more, and holds no memory."""
+        return replace(self, call=_spent, parameters=())
+
+
+def _spent(*_: Tensor) -> Tensor:
+    raise BenchError("this contender was measured already and has given its weights back")
 
 
 def our_layer(

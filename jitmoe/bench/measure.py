@@ -138,6 +138,11 @@ def compare(workload: Workload, options: Options, ceilings: Ceilings) -> Outcome
         outcome.measurements += [m for m in found if m.contender.isa is None or not outcome.ceilings]
         for name, values in rounds.take_ceilings().items():
             outcome.ceilings.setdefault(name, []).extend(values)
+        for measurement in found:
+            if measurement.contender.isa is None:
+                measurement.contender = measurement.contender.without_weights()
+    for measurement in outcome.measurements:
+        measurement.contender = measurement.contender.without_weights()
     return outcome
 
 
