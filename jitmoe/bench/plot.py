@@ -72,7 +72,10 @@ def plot_sweep(sweep: Sweep, title: str, path: Path) -> None:
     # A rank of zero has no place on a logarithmic axis.
     axes.set(xscale="log" if min(values) else "linear", yscale="log", title=title)
     axes.set(xticks=values, xticklabels=[str(value) for value in values], xlabel=sweep.axis, ylabel="ms")
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
+    # A sweep may lie between two powers of ten, where there are no major ticks.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(_minor_tick)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=150, format="png")
