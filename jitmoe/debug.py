@@ -92,9 +92,8 @@ def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verd
     verdicts = []
     for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
-        ours = (
-            saved[f"saved_{name}"].transpose(0, 1).flatten(1)[:, : oracle.shape[1]]
-        )  # strip by strip, the last one padded
+        strips = saved[f"saved_{name}"].transpose(0, 1)  # the last one padded
+        ours = strips.flatten(1)[:, : oracle.shape[1]]
         error = (plain.double() - oracle).flatten()
         verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))
     return verdicts
