@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
-CPP_SOURCES = $(wildcard templates/*.hpp templates/*.cpp tests/*.cpp)
+CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
 .PHONY: demo test test-slow sanitize mutants check format setup clean compiler
 

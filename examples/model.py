@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jitmoe.reference import LoraTensors, moe_reference
+from jitmoe.oracle.reference import LoraTensors, moe_reference
 
 BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 

@@ -3,21 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import jitmoe.kernels  # noqa: F401  its checks belong to what this machine can execute
-from jitmoe.budget import MemoryPlan
-from jitmoe.build import build
+import jitmoe.jit.kernels  # noqa: F401  its checks belong to what this machine can execute
 from jitmoe.config import MoEConfig
-from jitmoe.workspace import release_memory
+from jitmoe.experts.workspace import release_memory
+from jitmoe.jit.build import build
+from jitmoe.memory.budget import MemoryPlan
 
 if TYPE_CHECKING:
-    from jitmoe.layer import MoELayer
-    from jitmoe.pack import safetensors_source
-    from jitmoe.tracing import trace
+    from jitmoe.experts.layer import MoELayer
+    from jitmoe.experts.pack import safetensors_source
+    from jitmoe.inspect.tracing import trace
 
 __all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "release_memory", "safetensors_source", "trace"]
 __version__ = "0.1.0"
 
-_LAZY = {"MoELayer": "jitmoe.layer", "safetensors_source": "jitmoe.pack", "trace": "jitmoe.tracing"}
+_LAZY = {
+    "MoELayer": "jitmoe.experts.layer",
+    "safetensors_source": "jitmoe.experts.pack",
+    "trace": "jitmoe.inspect.tracing",
+}
 """Loaded at first use: the command line works, and says so, where torch is missing or slow to load."""
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from jitmoe.cli import main
+from jitmoe.cli.app import main
 
 sys.exit(main())

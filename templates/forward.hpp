@@ -1,10 +1,10 @@
 // Forward: gather and low-rank products, gate and up with the activation, down with the token sums.
 #pragma once
 #include "activation.hpp"
+#include "gemm/pack.hpp"
 #include "lora.hpp"
-#include "pack.hpp"
 #include "parallel.hpp"
-#include "traced.hpp"
+#include "watch/traced.hpp"
 
 namespace jitmoe {
 

@@ -1,18 +1,18 @@
 // Entry of an instance: picks the back end that the shape names.
 #pragma once
 #include "backward.hpp"
-#include "gemm_ref.hpp"
+#include "gemm/ref.hpp"
 #ifdef __AVX2__
-#include "gemm_avx2.hpp"
+#include "gemm/avx2.hpp"
 #endif
 #ifdef __AVX512F__
-#include "gemm_avx512.hpp"
+#include "gemm/avx512.hpp"
 #endif
 #ifdef __AVX512BF16__
-#include "gemm_avx512_bf16.hpp"
+#include "gemm/avx512_bf16.hpp"
 #endif
 #ifdef __AMX_BF16__
-#include "gemm_amx.hpp"
+#include "gemm/amx.hpp"
 #endif
 
 namespace jitmoe {

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "call.hpp"
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
 
 namespace jitmoe {
 

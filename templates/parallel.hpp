@@ -7,8 +7,8 @@
 #endif
 
 #include "call.hpp"
-#include "checked.hpp"
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
+#include "watch/checked.hpp"
 
 namespace jitmoe {
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jitmoe import cpu, experts, memory, toolchain
+from jitmoe.experts import call
+from jitmoe.jit import cpu, toolchain
+from jitmoe.plan import scratch
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -62,7 +64,7 @@ def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def plans_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan every call anew: for tests that change the planner under it."""
-    for owner, name in itertools.product((memory, experts), ("plan_forward", "plan_backward")):
+    for owner, name in itertools.product((scratch, call), ("plan_forward", "plan_backward")):
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 

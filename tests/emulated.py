@@ -49,7 +49,7 @@ class Emulated:
 
 def use_templates(folder: Path) -> None:
     """Compile from ``folder`` in this process."""
-    from jitmoe import kernels, render
+    from jitmoe.jit import kernels, render
 
     render.template_dir = lambda: folder
     kernels.load.cache_clear()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from yardstick import CASES, Case, Inputs, Results
 
-from jitmoe import MoEConfig, MoELayer, build, cpu
+from jitmoe import MoEConfig, MoELayer, build
 from jitmoe.config import ISAS
-from jitmoe.plan import M_STEPS, Groups, Shape, plan_groups
+from jitmoe.jit import cpu
+from jitmoe.plan.shapes import M_STEPS, Groups, Shape, plan_groups
 
 EMULATED = ("amx",)
 """Instruction sets that the tests run in an emulator of their own, not here."""
@@ -55,7 +56,7 @@ def cut_groups(monkeypatch: pytest.MonkeyPatch, group_bytes: int) -> list[Groups
         found.append(plan_groups(*arguments, group_bytes=group_bytes))
         return found[-1]
 
-    monkeypatch.setattr("jitmoe.experts.plan_groups", cut)
+    monkeypatch.setattr("jitmoe.experts.call.plan_groups", cut)
     return found
 
 

@@ -213,7 +213,7 @@ MUTANTS = (
     ),
     Mutant(
         "first_256_columns",
-        "templates/pack.hpp",
+        "templates/gemm/pack.hpp",
         "tile < strip_elements / kTileElements; ++tile)",
         "tile < smaller(strip_elements / kTileElements, 2 * 256 / kKStep); ++tile)",
         ("test_ancestor.py::test_only_the_first_256_columns_packed",),
@@ -245,7 +245,7 @@ MUTANTS = (
     ),
     Mutant(
         "whole_last_k_step_of_pairs",
-        "templates/gemm_avx512_bf16.hpp",
+        "templates/gemm/avx512_bf16.hpp",
         "const int64_t here = smaller(kKStep, k - block * kKStep);",
         "const int64_t here = kKStep;",
         ("test_ancestor.py::test_nan_crosses_from_row_to_row_in_a_tail_of_k",),
@@ -254,7 +254,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows_of_another_strip",
-        "templates/gemm_avx512_bf16.hpp",
+        "templates/gemm/avx512_bf16.hpp",
         "V::load_some(values, inside ? lefts : 0)",
         "V::load_some(values, lefts)",
         ("test_faults_memory.py::test_no_byte_beyond_any_buffer_of_scratch_is_touched",),
@@ -264,7 +264,7 @@ MUTANTS = (
     ),
     Mutant(
         "whole_last_k_step",
-        "templates/gemm_f32.hpp",
+        "templates/gemm/f32.hpp",
         "smaller(count * kKStep, k - first * kKStep)",
         "count * kKStep",
         ("test_ancestor.py::test_nan_crosses_from_row_to_row_in_a_tail_of_k",),
@@ -273,7 +273,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient_of_x_as_bfloat16",
-        "jitmoe/autograd.py",
+        "jitmoe/experts/ops.py",
         "({} if x_grad is None else _result(x_grad))",
         '({} if x_grad is None else {"result": x_grad})',
         ("test_ancestor.py::test_gradient_of_x_taken_for_another_dtype",),
@@ -281,7 +281,7 @@ MUTANTS = (
     ),
     Mutant(
         "x_in_expert_order",
-        "jitmoe/autograd.py",
+        "jitmoe/experts/ops.py",
         "ctx.save_for_backward(x, weights,",
         "ctx.save_for_backward(x[context.route.row_token][:tokens], weights,",
         ("test_ancestor.py::test_x_kept_in_expert_order_and_read_in_token_order",),
@@ -289,7 +289,7 @@ MUTANTS = (
     ),
     Mutant(
         "one_place_for_gate_and_up",
-        "jitmoe/autograd.py",
+        "jitmoe/experts/ops.py",
         "saved = {s.name: empty(s.shape, getattr(torch, s.dtype)) for s in context.saved_tensors()}",
         "kept = vars(context.config).setdefault('saved', {})\n"
         "        saved = {\n"
@@ -301,7 +301,7 @@ MUTANTS = (
     ),
     Mutant(
         "stale_lora_b",
-        "jitmoe/layer.py",
+        "jitmoe/experts/layer.py",
         "return [tensor.contiguous() for tensor in lora]",
         "return [\n"
         '            self.__dict__.setdefault(f"_{name}", tensor.clone()) if name.endswith("_b") else tensor\n'
@@ -312,7 +312,7 @@ MUTANTS = (
     ),
     Mutant(
         "strides_ignored",
-        "jitmoe/layer.py",
+        "jitmoe/experts/layer.py",
         "x.reshape(-1, hidden).contiguous().resolve_neg()",
         "x.reshape(-1, hidden).resolve_neg()",
         ("test_faults_inputs.py::test_odd_strides_are_right",),
@@ -320,7 +320,7 @@ MUTANTS = (
     ),
     Mutant(
         "broken_seal",
-        "jitmoe/layer.py",
+        "jitmoe/experts/layer.py",
         "self._seal.check(name, tensor)",
         "self._seal.close(name, tensor)",
         ("test_pack.py::TestSeal",),
@@ -328,7 +328,7 @@ MUTANTS = (
     ),
     Mutant(
         "writes_not_counted",
-        "jitmoe/pack.py",
+        "jitmoe/experts/pack.py",
         "        increment_version(packed)  #",
         "        pass  #",
         ("test_layer.py::TestState::test_a_base_loaded_between_forward_and_backward_is_an_error",),
@@ -336,7 +336,7 @@ MUTANTS = (
     ),
     Mutant(
         "skipped_slots_computed",
-        "jitmoe/route.py",
+        "jitmoe/host/route.py",
         "ids = np.ascontiguousarray(topk_ids)",
         "ids = np.clip(topk_ids, 0, num_experts - 1) if allow_skip else np.ascontiguousarray(topk_ids)",
         ("test_ancestor.py::test_a_slice_of_the_config_keeps_lora",),
@@ -344,7 +344,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows_of_distinct_tokens",
-        "jitmoe/experts.py",
+        "jitmoe/experts/call.py",
         "groups.segment_rows, self.rank,",
         "min(groups.segment_rows, self.tokens), self.rank,",
         ("test_ancestor.py::test_scratch_too_small_where_an_expert_repeats_within_a_token",),
@@ -352,7 +352,7 @@ MUTANTS = (
     ),
     Mutant(
         "forked_child_waits",
-        "jitmoe/experts.py",
+        "jitmoe/experts/call.py",
         "return 1 if _Fork.happened else threads",
         "return threads",
         ("test_threads.py::TestFork::test_even_where_the_child_asks_for_threads",),
@@ -360,7 +360,7 @@ MUTANTS = (
     ),
     Mutant(
         "short_life",
-        "jitmoe/memory.py",
+        "jitmoe/plan/scratch.py",
         '_panel("act_panel", shape, size, shape.intermediate, gate_up, down),',
         '_panel("act_panel", shape, size, shape.intermediate, gate_up, down_low),',
         ("test_checked.py::TestNothingElseChanges::test_same_bits",),
@@ -368,7 +368,7 @@ MUTANTS = (
     ),
     Mutant(
         "short_life_of_what_is_overwritten",
-        "jitmoe/memory.py",
+        "jitmoe/plan/scratch.py",
         '"float32", act_grad, low_grads),',
         '"float32", act_grad, act_grad),',
         ("test_memory.py::test_buffers_that_may_share_can_share",),
@@ -376,7 +376,7 @@ MUTANTS = (
     ),
     Mutant(
         "lives_half_open",
-        "jitmoe/memory.py",
+        "jitmoe/plan/scratch.py",
         "return self.first <= other.last and other.first <= self.last",
         "return self.first < other.last and other.first < self.last",
         ("test_memory.py::test_placed_buffers_never_share_while_alive",),
@@ -384,7 +384,7 @@ MUTANTS = (
     ),
     Mutant(
         "half_a_proof",
-        "jitmoe/memory.py",
+        "jitmoe/plan/scratch.py",
         "overlap and one.buffer.meets(other.buffer) and",
         "overlap and one.buffer.first == other.buffer.first and",
         ("test_memory.py::test_a_shortened_lifetime_is_really_lost_in_this_example",),
@@ -392,7 +392,7 @@ MUTANTS = (
     ),
     Mutant(
         "arena_lent_twice",
-        "jitmoe/workspace.py",
+        "jitmoe/experts/workspace.py",
         "self._free.pop() if self._free else None",
         "self._free[-1] if self._free else None",
         ("test_memory.py::TestArenas::test_two_at_once_get_two",),
@@ -400,7 +400,7 @@ MUTANTS = (
     ),
     Mutant(
         "block_lent_twice",
-        "jitmoe/workspace.py",
+        "jitmoe/experts/workspace.py",
         "            self._free = [block for block in self._free if block is not best]\n",
         "",
         ("test_memory.py::TestBlocks",),
@@ -408,7 +408,7 @@ MUTANTS = (
     ),
     Mutant(
         "view_of_a_view_not_held",
-        "jitmoe/workspace.py",
+        "jitmoe/experts/workspace.py",
         "np.frombuffer(block.data, np.uint8, nbytes)",
         "block[:nbytes]",
         ("test_memory.py::TestBlocks::test_a_block_is_taken_until_its_last_view_is_gone",),
@@ -416,7 +416,7 @@ MUTANTS = (
     ),
     Mutant(
         "result_is_a_view",
-        "jitmoe/autograd.py",
+        "jitmoe/experts/ops.py",
         "return memory.view(dtype).view(shape).detach()",
         "return memory.view(dtype).view(shape)",
         ("test_autograd.py::TestReusedMemory::test_results_can_be_written_in_place",),
@@ -424,7 +424,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients_of_absent_experts_left",
-        "jitmoe/autograd.py",
+        "jitmoe/experts/ops.py",
         "grad[begin:end].zero_()",
         "grad[begin + 1 : end].zero_()",
         ("test_autograd.py::TestReusedMemory::test_gradients_of_experts_without_rows_are_zero",),
@@ -432,7 +432,7 @@ MUTANTS = (
     ),
     Mutant(
         "digest_not_compared",
-        "jitmoe/cache.py",
+        "jitmoe/jit/cache.py",
         'if meta.get("key") == key and _is_intact(directory, meta) else None',
         'if meta.get("key") == key else None',
         ("test_build.py::TestDamage::test_a_damaged_entry_is_set_aside_and_built_again",),
@@ -440,7 +440,7 @@ MUTANTS = (
     ),
     Mutant(
         "templates_not_in_the_key",
-        "jitmoe/build.py",
+        "jitmoe/jit/build.py",
         "encoded += [name.encode(), content]",
         "encoded += [name.encode()]",
         ("test_build.py::TestKey",),

@@ -20,9 +20,11 @@ from helpers import config_of, different, layer_of
 from test_faults_values import poison_padding
 from yardstick import CASES, Case, check, make_inputs, results_of_layer
 
-from jitmoe import build, cpu, emulator, kernels, plan, toolchain
-from jitmoe.build import ensure
-from jitmoe.render import read_program
+from jitmoe import build
+from jitmoe.jit import cpu, emulator, kernels, toolchain
+from jitmoe.jit.build import ensure
+from jitmoe.jit.render import read_program
+from jitmoe.plan import shapes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -68,7 +70,7 @@ def check_cell(case: Case, m_step: int, isa: str = "amx") -> None:
 
 def cells() -> Iterator[pytest.param]:
     for case in (*CASES, TAILS):
-        for m_step in plan.M_STEPS["amx"]:
+        for m_step in shapes.M_STEPS["amx"]:
             fast = case.name in ONE_TILE_CASES or (m_step == 32 and case.name not in SLOW_CASES)
             yield pytest.param(case, m_step, marks=[] if fast else pytest.mark.slow, id=f"{case}-m{m_step}")
     yield pytest.param(W1, 32, marks=pytest.mark.slow, id="w1-m32")
@@ -97,7 +99,7 @@ def test_shape(emulated: Emulated, case: Case, m_step: int) -> None:
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_avx512_bf16_shape(emulated: Emulated, case: Case) -> None:
-    emulated(check_cell, case, plan.M_STEPS["avx512_bf16"][-1], "avx512_bf16")
+    emulated(check_cell, case, shapes.M_STEPS["avx512_bf16"][-1], "avx512_bf16")
 
 
 def check_threads() -> None:
@@ -155,7 +157,7 @@ def check_lost_configuration(library: Path) -> None:
 
 def test_another_library_loads_its_own_configuration(emulated: Emulated, tmp_path: Path) -> None:
     source = """
-    #include "amx.hpp"
+    #include "gemm/tiles.hpp"
     extern "C" void configure_one_row() {
       jitmoe::amx::Configuration one = {};
       one.palette = 1;
@@ -211,7 +213,7 @@ def check_few_rows() -> None:
     for tokens, expected in ((8, ("avx512", 4)), (16, ("amx", 16)), (40, ("amx", 32))):
         inputs = make_inputs(replace(TAILS, tokens=tokens))
         layer = layer_of(inputs, "amx")
-        shape = plan.plan_kernels(layer.config, "amx").select(tokens, TAILS.experts)
+        shape = shapes.plan_kernels(layer.config, "amx").select(tokens, TAILS.experts)
         assert (shape.isa, shape.m_step) == expected
         emulator.reset_counts()
         results = results_of_layer(layer, inputs)
@@ -263,7 +265,7 @@ def test_self_test_dies_without_amx_and_the_emulator_does_not_answer(emulated: E
 
 
 class Mutant(NamedTuple):
-    """One edit of gemm_amx.hpp."""
+    """One edit of gemm/amx.hpp."""
 
     old: str
     new: str
@@ -297,10 +299,10 @@ def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, capfd: pytest.Cap
     """By the error rule, or by the emulator, which ends the process where hardware would."""
     folder = tmp_path / "templates"
     shutil.copytree(TEMPLATES, folder)
-    broken = folder / "gemm_amx.hpp"
+    broken = folder / "gemm" / "amx.hpp"
     old, new, _ = MUTANTS[name]
     text = broken.read_text()
-    assert text.count(old) == 1, f"gemm_amx.hpp does not contain exactly one {old!r}"
+    assert text.count(old) == 1, f"gemm/amx.hpp does not contain exactly one {old!r}"
     broken.write_text(text.replace(old, new))
     emulated = Emulated()
     try:
@@ -315,7 +317,7 @@ def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, capfd: pytest.Cap
 
 
 REFILL = """
-#include "amx.hpp"
+#include "gemm/tiles.hpp"
 extern "C" void refill(char* target, char value) {
   alignas(64) char scratch[1024];
   for (char& byte : scratch) byte = value;

@@ -16,11 +16,13 @@ from helpers import NATIVE, config_of, cut_groups, different, layer_of, same_bit
 from torch import Tensor
 from yardstick import Case, Inputs, Results, check, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, experts, plan, workspace
-from jitmoe.memory import CallSize, ScratchPlan
-from jitmoe.reference import LoraTensors
-from jitmoe.route import route
-from jitmoe.yardstick import judge_one
+from jitmoe import MoELayer
+from jitmoe.experts import call, workspace
+from jitmoe.host.route import route
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.yardstick import judge_one
+from jitmoe.plan import shapes
+from jitmoe.plan.scratch import CallSize, ScratchPlan
 
 ISA = usable_isas()[0]
 WIDE = Case("wide", experts=3, hidden=300, intermediate=290, top_k=2, rank=8, tokens=24)
@@ -36,7 +38,7 @@ def inputs() -> Inputs:
 
 
 def wide_layer(inputs: Inputs, isa: str = ISA, **options: bool) -> MoELayer:
-    return layer_of(inputs, isa, m_step=plan.M_STEPS[isa][-1], **options)
+    return layer_of(inputs, isa, m_step=shapes.M_STEPS[isa][-1], **options)
 
 
 def copied(results: Results) -> Results:
@@ -55,7 +57,7 @@ def test_output_doubled_where_partitions_are_summed_twice(
 ) -> None:
     """Each thread's partition of the sums was reduced once by it and once more at the end."""
     layer = wide_layer(inputs)
-    for count, group_bytes in itertools.product((1, 2, 5), (plan.GROUP_BYTES, 1)):
+    for count, group_bytes in itertools.product((1, 2, 5), (shapes.GROUP_BYTES, 1)):
         torch.set_num_threads(count)
         cuts = cut_groups(monkeypatch, group_bytes)
         check(results_of_layer(layer, inputs), inputs)
@@ -184,7 +186,7 @@ def test_a_slice_of_the_config_keeps_lora(inputs: Inputs) -> None:
     whole = copied(results_of_layer(wide_layer(inputs), as_float32(inputs)))
     parts = []
     for held in (slice(0, 1), slice(1, 3)):
-        config = replace(config_of(WIDE, ISA, m_step=plan.M_STEPS[ISA][-1]), num_experts=held.stop - held.start,
+        config = replace(config_of(WIDE, ISA, m_step=shapes.M_STEPS[ISA][-1]), num_experts=held.stop - held.start,
                          allow_skip=True)  # fmt: skip
         layer = MoELayer(config, inputs.gate_proj[held], inputs.up_proj[held], inputs.down_proj[held])
         assert (config.lora_rank, config.lora_scale) == (WIDE.rank, WIDE.scale)
@@ -233,14 +235,14 @@ def test_scratch_too_small_where_an_expert_repeats_within_a_token(
     rows = WIDE.tokens * WIDE.top_k
     planned: list[str] = []
     for name in ("plan_forward", "plan_backward"):
-        plan_pass = getattr(experts, name)
+        plan_pass = getattr(call, name)
 
-        def seen(shape: plan.Shape, size: CallSize, name=name, plan_pass=plan_pass, **options: bool) -> ScratchPlan:
+        def seen(shape: shapes.Shape, size: CallSize, name=name, plan_pass=plan_pass, **options: bool) -> ScratchPlan:
             assert (size.rows, size.segment_rows) == (rows, rows), name
             planned.append(name)
             return plan_pass(shape, size, **options)
 
-        monkeypatch.setattr(experts, name, seen)
+        monkeypatch.setattr(call, name, seen)
     inputs = replace(inputs, topk_ids=torch.full_like(inputs.topk_ids, 1))
     check(results_of_layer(wide_layer(inputs), inputs), inputs)
     assert planned == ["plan_forward", "plan_backward"]
@@ -255,7 +257,7 @@ def test_stale_rows_of_an_earlier_batch_leak_into_sums(inputs: Inputs) -> None:
     results_of_layer(layer, replace(loud, x=loud.x * 2.0**20, dout=loud.dout * 2.0**20, lora=inputs.lora))
     assert different(results_of_layer(layer, inputs), clean) == []
     rows = torch.bincount(inputs.topk_ids.flatten())
-    assert (rows % plan.M_STEPS[ISA][-1] != 0).any(), "a row block that is not full"
+    assert (rows % shapes.M_STEPS[ISA][-1] != 0).any(), "a row block that is not full"
     check(clean, inputs)
 
 

@@ -10,10 +10,12 @@ from helpers import EVERY_ISA, build_kernels, case_named, cut_groups, different,
 from torch.utils.checkpoint import checkpoint
 from yardstick import Inputs, Results, check, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, autograd, plan
-from jitmoe.memory import ITEM_BYTES, saved_tensors
-from jitmoe.reference import LoraTensors
-from jitmoe.workspace import Blocks
+from jitmoe import MoELayer
+from jitmoe.experts import ops
+from jitmoe.experts.workspace import Blocks
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.plan import shapes
+from jitmoe.plan.scratch import ITEM_BYTES, saved_tensors
 
 ISA = usable_isas()[0]
 SMALL = case_named("small")
@@ -151,7 +153,7 @@ def test_no_grad_saves_nothing(layer: MoELayer, first: Inputs, monkeypatch: pyte
         seen.append(set(addresses))
         forward(call, addresses, run)
 
-    import jitmoe.experts as experts
+    import jitmoe.experts.call as experts
 
     forward = experts.forward
     monkeypatch.setattr(experts, "forward", record)
@@ -260,8 +262,8 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PoisonedBloc
 
     def begin() -> PoisonedBlocks:
         blocks = PoisonedBlocks()
-        monkeypatch.setattr(autograd, "PAGE", 0)
-        monkeypatch.setattr(autograd, "blocks", blocks)
+        monkeypatch.setattr(ops, "PAGE", 0)
+        monkeypatch.setattr(ops, "blocks", blocks)
         return blocks
 
     return begin
@@ -355,7 +357,7 @@ class TestReusedMemory:
     ) -> None:
         """Its first rows write over what was in the memory, the others add to it; saved or computed again."""
         inputs = make_inputs(replace(SMALL, tokens=200))
-        m_step = plan.M_STEPS[isa][0]
+        m_step = shapes.M_STEPS[isa][0]
         layers = [layer_of(inputs, isa, m_step=m_step, recompute=recompute) for recompute in (False, True)]
         groups = cut_groups(monkeypatch, group_bytes=1)
         expected = alone(layers[0], inputs)

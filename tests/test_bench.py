@@ -11,17 +11,18 @@ import pytest
 import torch
 from helpers import usable_isas
 
-from jitmoe import MemoryPlan, cli
+from jitmoe import MemoryPlan
 from jitmoe.bench import ceilings, footprint, machine, measure, peers, phases, plot, report, startup, sweep, targets
 from jitmoe.bench.contenders import Contender, our_layer
-from jitmoe.bench.data import batches, make_base
 from jitmoe.bench.measure import Measurement, Options, Outcome
 from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, predict, prediction_table, product_share
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
-from jitmoe.bench.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
+from jitmoe.cli import app
 from jitmoe.errors import BenchError, ConfigError
-from jitmoe.kernels import STEPS
-from jitmoe.plan import Shape, plan_kernels
+from jitmoe.jit.kernels import STEPS
+from jitmoe.oracle.data import batches, make_base
+from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
+from jitmoe.plan.shapes import Shape, plan_kernels
 
 TINY = Workload("tiny", experts=4, hidden=64, intermediate=32, top_k=2, rank=8, tokens=12)
 OURS = Options(isas=("ref",), repeat=2)
@@ -240,12 +241,12 @@ class TestHonesty:
         assert "left out: peft (no_such_package is not installed)" in report.outcome_table(found)
 
     def test_the_watch_leaves_nothing_behind(self):
-        from jitmoe import experts
+        from jitmoe.experts import call
 
-        before = experts.load, experts.plan_forward
+        before = call.load, call.plan_forward
         with watch():
-            assert experts.load is not before[0]
-        assert (experts.load, experts.plan_forward) == before
+            assert call.load is not before[0]
+        assert (call.load, call.plan_forward) == before
 
 
 class TestPackages:
@@ -451,7 +452,7 @@ class TestCommand:
     def test_a_run(self, tmp_path, capsys):
         path = tmp_path / "bench.json"
         arguments = ["bench", *self.SIZES.split(), "--peers", "torch-bf16", "--repeat", "1", "--json", str(path)]
-        assert cli.main(arguments) == 0
+        assert app.main(arguments) == 0
         out = capsys.readouterr().out
         assert "own: E=4" in out and "torch-bf16" in out and "jitmoe ref" in out
         content = json.loads(path.read_text())
@@ -461,7 +462,7 @@ class TestCommand:
     def test_memory(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(footprint, "MODES", (FORWARD_MODE,))
         path = tmp_path / "memory.json"
-        assert cli.main(["bench", "--memory", *self.SIZES.split(), "--json", str(path)]) == 0
+        assert app.main(["bench", "--memory", *self.SIZES.split(), "--json", str(path)]) == 0
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("own "))
         (found,) = json.loads(path.read_text())["memory"]
         assert line.split()[:3] == ["own", "ref", "forward"] and found["threads"] == 1
@@ -473,14 +474,14 @@ class TestCommand:
     def test_kernels_that_watch_themselves_are_not_measured(self, variable, command, capsys, monkeypatch):
         monkeypatch.setenv(variable, "1")
         sizes = [] if command.startswith("check") else self.SIZES.split()
-        assert cli.main([*command.split(), *sizes]) == 1
+        assert app.main([*command.split(), *sizes]) == 1
         out, err = capsys.readouterr()
         assert out == "" and f"jitmoe: {variable} is set" in err and f"(env -u {variable} " in err
 
     @pytest.mark.parametrize("off", ["0", ""])
     def test_a_variable_that_is_off_is_no_reason(self, off, capsys, monkeypatch):
         monkeypatch.setenv("JITMOE_CHECKED", off)
-        assert cli.main(["bench", "W9"]) == 1
+        assert app.main(["bench", "W9"]) == 1
         assert "known are W1" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -500,7 +501,7 @@ class TestCommand:
         ],
     )
     def test_what_it_refuses(self, arguments, message, capsys):
-        assert cli.main(["bench", *arguments.split()]) == 1
+        assert app.main(["bench", *arguments.split()]) == 1
         assert message in capsys.readouterr().err
 
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from yardstick import make_inputs, results_of_layer
 
 import jitmoe
-from jitmoe import MemoryPlan, MoEConfig, MoELayer, autograd, experts, pack, plan, workspace
-from jitmoe.budget import KINDS, kernels_of, plan_layer
+from jitmoe import MemoryPlan, MoEConfig, MoELayer
 from jitmoe.errors import BudgetError, ConfigError
-from jitmoe.memory import CallSize, plan_backward, plan_forward, prove, row_bytes
+from jitmoe.experts import call, ops, pack, workspace
+from jitmoe.memory.budget import KINDS, kernels_of, plan_layer
+from jitmoe.plan import shapes
+from jitmoe.plan.scratch import CallSize, plan_backward, plan_forward, prove, row_bytes
 
 W6 = MoEConfig(num_experts=256, hidden_size=7168, intermediate_size=2048, top_k=8, lora_rank=16, isa="avx512")
 W6_TOKENS = 25600
@@ -36,8 +38,8 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     inputs = make_inputs(case)
     layer = layer_of(inputs, ISA, recompute=recompute)
     addressed: list[dict[str, torch.Tensor]] = []
-    addresses = autograd._addresses
-    monkeypatch.setattr(autograd, "_addresses", lambda tensors: addressed.append(tensors) or addresses(tensors))
+    addresses = ops._addresses
+    monkeypatch.setattr(ops, "_addresses", lambda tensors: addressed.append(tensors) or addresses(tensors))
     x, weights = inputs.x.to(x_dtype).requires_grad_(), inputs.weights.float().requires_grad_()
     out = layer(x, inputs.topk_ids, weights)
     call = out.grad_fn.next_functions[0][0]  # below the reshape
@@ -51,7 +53,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= {f"new {name}.grad": addressed[1][f"{name}_grad"] for name, _ in layer.named_parameters()}
     found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot", "slot_row")}
     names = [s.name for s in call.context.saved_tensors()]
-    found |= dict(zip(names, saved[2 + len(autograd.LORA_NAMES) :], strict=True))
+    found |= dict(zip(names, saved[2 + len(ops.LORA_NAMES) :], strict=True))
     row_weight = torch.empty(route.row_token.size)
     found |= {"forward row_weight": row_weight, "backward row_weight": row_weight}
     if x_dtype == torch.float32:
@@ -169,7 +171,7 @@ def test_no_routing_needs_more_scratch_than_the_plan(routing, skipped, threads):
     shape = kernels_of(config).select(rows, active.size)
 
     def size(training: bool) -> CallSize:
-        groups = plan.plan_groups(active, offsets, shape.m_step, row_bytes(shape, training))
+        groups = shapes.plan_groups(active, offsets, shape.m_step, row_bytes(shape, training))
         return CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, config.lora_rank, threads)
 
     forward, backward = planned.passes
@@ -189,7 +191,7 @@ def test_the_worst_scratch_is_not_far_above_that_of_real_routings(tokens):
         active = np.flatnonzero(counts)
         shape = shapes.select(slots, active.size)
         offsets = np.cumsum([0, *counts[active]])
-        groups = plan.plan_groups(active, offsets, shape.m_step, row_bytes(shape, True))
+        groups = shapes.plan_groups(active, offsets, shape.m_step, row_bytes(shape, True))
         extent = CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, 8, 2)
         found.append(plan_backward(shape, extent, True, False).nbytes)
     assert max(found) <= MemoryPlan.of(config, tokens, 2).passes[1].scratch.nbytes <= 1.1 * max(found)
@@ -234,8 +236,8 @@ class TestLimit:
 
         x = inputs.x.clone().requires_grad_()
         with monkeypatch.context() as patch, torch.set_grad_enabled(training):
-            patch.setattr(jitmoe.layer, "route", never)
-            patch.setattr(experts, "plan_groups", never)
+            patch.setattr(jitmoe.experts.layer, "route", never)
+            patch.setattr(call, "plan_groups", never)
             with pytest.raises(BudgetError, match=f"{CASE.tokens} tokens takes {needed} bytes.*\n.*\n(?s:.*)scratch"):
                 layer(x, inputs.topk_ids, inputs.weights)
         assert workspace.arenas.held_bytes() == 0

@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import importlib
 import multiprocessing
 import os
 import signal
@@ -16,13 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from jitmoe import cache, render, toolchain
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError, CacheSecurityError
-from jitmoe.plan import Shape
-from jitmoe.render import Instance
-
-build = importlib.import_module("jitmoe.build")  # the function jitmoe.build hides the module of that name
+from jitmoe.jit import build, cache, render, toolchain
+from jitmoe.jit.render import Instance
+from jitmoe.plan.shapes import Shape
 
 pytestmark = pytest.mark.usefixtures("cold_cache", "tiny_templates")
 
@@ -417,7 +414,7 @@ class TestAwkwardDirectory:
         in_a_private_directory("it is not writable")
 
     def test_the_private_directory_is_gone_when_the_process_ends(self):
-        code = "from jitmoe import cache; print(cache.open_cache().root, cache.open_cache().root)"
+        code = "from jitmoe.jit import cache; print(cache.open_cache().root, cache.open_cache().root)"
         environment = os.environ | {"JITMOE_CACHE_DIR": "/dev/null/kernels"}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         first, second = result.stdout.split()

@@ -13,12 +13,13 @@ from helpers import build_kernels, case_named, config_of, layer_of, same_bits, u
 from torch import Tensor
 from yardstick import Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoEConfig, MoELayer, cli
+from jitmoe import MoEConfig, MoELayer
 from jitmoe.bench.ceilings import Ceilings
-from jitmoe.capture import MOST_FILES
+from jitmoe.cli import app
 from jitmoe.errors import CaptureError, ConfigError
-from jitmoe.reference import LoraTensors
-from jitmoe.replay import compare, read_recording
+from jitmoe.inspect.capture import MOST_FILES
+from jitmoe.inspect.replay import compare, read_recording
+from jitmoe.oracle.reference import LoraTensors
 
 ISA = usable_isas()[0]
 MEDIUM = replace(case_named("medium"), hidden=64, intermediate=96, rank=8)
@@ -171,7 +172,7 @@ class TestOnNonfinite:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
+        status = app.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -393,7 +394,7 @@ class TestReplayTrace:
 
 def break_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers compute with a LoRA scale that is 10 % too large; the oracle keeps the right one."""
-    from jitmoe.experts import ExpertCall
+    from jitmoe.experts.call import ExpertCall
 
     original = ExpertCall.__init__
 
@@ -510,7 +511,7 @@ class TestCheck:
 
     def test_debug_finds_a_fault_between_experts(self, run, config_file: Path, monkeypatch) -> None:
         """Each expert alone is right; the routing weights of a call with several go to the wrong rows."""
-        from jitmoe.autograd import CallContext
+        from jitmoe.experts.ops import CallContext
 
         original = CallContext.expert_call
 

@@ -18,15 +18,19 @@ from test_memory import apart, sharing
 from test_toolchain import compile_text
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, build, checked, experts, kernels, memory, plan, toolchain
-from jitmoe.build import ensure, template_headers
+from jitmoe import MoELayer, build
 from jitmoe.errors import PlanError, SettingError
-from jitmoe.memory import ALIGNMENT, Buffer, Placed, ScratchPlan, prove
-from jitmoe.render import render, template_dir
-from jitmoe.workspace import arenas
+from jitmoe.experts import call
+from jitmoe.experts.workspace import arenas
+from jitmoe.inspect import checked
+from jitmoe.jit import kernels, toolchain
+from jitmoe.jit.build import ensure, template_headers
+from jitmoe.jit.render import render, template_dir
+from jitmoe.plan import scratch, shapes
+from jitmoe.plan.scratch import ALIGNMENT, Buffer, Placed, ScratchPlan, prove
 
 ISA = next(isa for isa in ("avx2", "ref") if isa in usable_isas())
-HEADER = (template_dir() / "checked.hpp").read_text(encoding="utf-8")
+HEADER = (template_dir() / "watch" / "checked.hpp").read_text(encoding="utf-8")
 PASSES = ("plan_forward", "plan_backward")
 
 SMALL = case_named("small")
@@ -46,7 +50,7 @@ CASES = (
 
 
 def options_of(isa: str) -> dict[str, Any]:
-    return {"m_step": plan.M_STEPS[isa][-1]}
+    return {"m_step": shapes.M_STEPS[isa][-1]}
 
 
 pytestmark = pytest.mark.usefixtures("plans_are_not_kept")
@@ -99,7 +103,7 @@ def both(inputs: Inputs, run: Callable[[MoELayer, Inputs], Results], isa: str = 
         shapes = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("JITMOE_CHECKED", value)
-            patch.setattr(experts, "load", lambda shape, into=shapes: into.append(shape) or kernels.load(shape))
+            patch.setattr(call, "load", lambda shape, into=shapes: into.append(shape) or kernels.load(shape))
             found = run(layer_of(inputs, isa, **options_of(isa), **options), inputs)
             results.append({name: tensor.clone() for name, tensor in found.items()})
         assert {shape.watch for shape in shapes} == {watch}
@@ -115,7 +119,7 @@ class TestNothingElseChanges:
     ) -> None:
         """No fault is found, and nothing is read that only poison was written to."""
         if groups == "cut":
-            monkeypatch.setattr(plan, "GROUP_BYTES", 1)
+            monkeypatch.setattr(shapes, "GROUP_BYTES", 1)
         plain, found = both(inputs_of(case), results_of_layer, recompute=recompute)
         assert different(plain, found) == []
 
@@ -161,7 +165,7 @@ class Planner:
     def __init__(self, pass_name: str, patch: pytest.MonkeyPatch) -> None:
         self.exchanged: Buffer | None = None
         self.buffers: list[Buffer] = []
-        plan_pass, place = getattr(experts, pass_name), memory.place
+        plan_pass, place = getattr(call, pass_name), scratch.place
 
         def placed(buffers: list[Buffer], gap: int) -> ScratchPlan:
             self.buffers = buffers
@@ -170,10 +174,10 @@ class Planner:
 
         def planned(*arguments: Any, **options: Any) -> ScratchPlan:
             with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(memory, "place", placed)
+                inner.setattr(scratch, "place", placed)
                 return plan_pass(*arguments, **options)
 
-        patch.setattr(experts, pass_name, planned)
+        patch.setattr(call, pass_name, planned)
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
@@ -214,7 +218,7 @@ def test_a_shorter_life_that_makes_buffers_meet_fails_the_proof(
     true = {buffer.name: buffer for buffer in planner.buffers}
     refused = 0
     for life in [life for buffer in planner.buffers for life in changed_lives(buffer)]:
-        wrong = memory.place([life if b.name == life.name else b for b in planner.buffers])
+        wrong = scratch.place([life if b.name == life.name else b for b in planner.buffers])
         restored = ScratchPlan(tuple(Placed(true[p.buffer.name], p.offset) for p in wrong.placed), wrong.nbytes)
         pairs = itertools.combinations(restored.placed, 2)
         if any(a.offset < b.end and b.offset < a.end and a.buffer.meets(b.buffer) for a, b in pairs):
@@ -234,7 +238,7 @@ def test_every_pair_of_live_buffers_at_one_address_is_caught(
     inputs = make_inputs(SMALL)
     layer = layer_of(inputs, ISA, recompute=recompute, **options_of(ISA))
     lives: list[list[Buffer]] = []
-    monkeypatch.setattr(memory, "place", lambda buffers, gap: lives.append(buffers) or apart(buffers))
+    monkeypatch.setattr(scratch, "place", lambda buffers, gap: lives.append(buffers) or apart(buffers))
     results_of_layer(layer, inputs)
     pairs = {
         (one.name, other.name)
@@ -243,9 +247,9 @@ def test_every_pair_of_live_buffers_at_one_address_is_caught(
         if one.meets(other)
     }
     assert len(pairs) >= 100
-    monkeypatch.setattr(memory, "prove", lambda found: found)
+    monkeypatch.setattr(scratch, "prove", lambda found: found)
     for pair in sorted(pairs):
-        monkeypatch.setattr(memory, "place", lambda buffers, gap, pair=pair: sharing(*pair)(buffers))
+        monkeypatch.setattr(scratch, "place", lambda buffers, gap, pair=pair: sharing(*pair)(buffers))
         with pytest.raises(PlanError, match="scratch buffer") as caught:
             results_of_layer(layer, inputs)
         assert re.search(rf"buffer ({'|'.join(pair)}) is (read|written) at byte", str(caught.value))
@@ -272,7 +276,7 @@ def test_the_report_is_the_same_on_many_threads(use_checked: None, monkeypatch: 
 STEPS = ("one", "two", "three")
 
 DRIVER = """
-#include "checked.hpp"
+#include "watch/checked.hpp"
 using namespace jitmoe;
 constexpr Shape shape{.isa = Isa::ref, .watch = Watch::memory};
 constexpr void* Call::*kBuffersTouched[] = {&Call::x_panel, &Call::act_panel};
@@ -323,7 +327,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_each_fault(driver: ctypes.CDLL, accesses: list[tuple[int, str, int, int, int]], fault: str | None) -> None:
     """Steps and accesses by hand, in an arena where x_panel lies at 64..320 and act_panel behind it."""
     lives = Buffer("x_panel", (64,), "float32", 0, 1), Buffer("act_panel", (32,), "float32", 1, 2)
-    drive(driver, memory.place(lives, ALIGNMENT), accesses, fault)
+    drive(driver, scratch.place(lives, ALIGNMENT), accesses, fault)
 
 
 def test_faults_of_buffers_at_one_address(driver: ctypes.CDLL) -> None:
@@ -338,7 +342,7 @@ def test_faults_of_buffers_at_one_address(driver: ctypes.CDLL) -> None:
 def test_what_a_group_wrote_is_nothing_to_the_next(driver: ctypes.CDLL) -> None:
     lives = (Buffer("x_panel", (64,), "float32", 0, 1),)
     again = [(0, "write", X, 0, 256), (1, "read", X, 0, 256), (0, "write", X, 0, 64), (1, "read", X, 0, 256)]
-    drive(driver, memory.place(lives, ALIGNMENT), again, "step two .* x_panel is read at byte 128, which nobody wrote")
+    drive(driver, scratch.place(lives, ALIGNMENT), again, "step two .* x_panel is read at byte 128, which nobody wrote")
 
 
 def drive(
@@ -374,8 +378,8 @@ SUM = ctypes.CFUNCTYPE(
 def forward_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[[], ScratchPlan]:
     """The last plan of a forward."""
     plans: list[ScratchPlan] = []
-    plan_forward = experts.plan_forward
-    monkeypatch.setattr(experts, "plan_forward", lambda *sizes: plans.append(plan_forward(*sizes)) or plans[-1])
+    plan_forward = call.plan_forward
+    monkeypatch.setattr(call, "plan_forward", lambda *sizes: plans.append(plan_forward(*sizes)) or plans[-1])
     return lambda: plans[-1]
 
 
@@ -388,7 +392,7 @@ def test_a_write_beside_a_buffer_hits_a_canary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gather of rows writes one element too many, which nothing announces."""
-    gather = GATHER(experts.tokens.gather_rows_address())
+    gather = GATHER(call.tokens.gather_rows_address())
 
     def gather_too_much(*arguments: Any) -> None:
         gather(*arguments)
@@ -398,7 +402,7 @@ def test_a_write_beside_a_buffer_hits_a_canary(
 
     callback = GATHER(gather_too_much)
     address = ctypes.cast(callback, ctypes.c_void_p).value
-    monkeypatch.setattr(experts.tokens, "gather_rows_address", lambda: address)
+    monkeypatch.setattr(call.tokens, "gather_rows_address", lambda: address)
     inputs = make_inputs(SMALL)
     with pytest.raises(PlanError, match=r"step load of .*thread_rows has a neighbour .* canary at byte \d+"):
         layer_of(inputs, ISA, **options_of(ISA))(inputs.x, inputs.topk_ids, inputs.weights)
@@ -408,7 +412,7 @@ def test_scratch_is_poison_after_its_life(
     forward_plan: Callable[[], ScratchPlan], use_checked: None, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that announces nothing finds NaNs: in the step `down` x_panel is dead."""
-    sum_rows = SUM(experts.tokens.sum_rows_address())
+    sum_rows = SUM(call.tokens.sum_rows_address())
     found: list[bytes] = []
 
     def sum_and_look(*arguments: Any) -> None:
@@ -420,8 +424,8 @@ def test_scratch_is_poison_after_its_life(
 
     callback = SUM(sum_and_look)
     address = ctypes.cast(callback, ctypes.c_void_p).value
-    monkeypatch.setattr(experts.tokens, "sum_rows_address", lambda: address)
-    monkeypatch.setattr(memory, "place", lambda buffers, gap: apart(buffers))
+    monkeypatch.setattr(call.tokens, "sum_rows_address", lambda: address)
+    monkeypatch.setattr(scratch, "place", lambda buffers, gap: apart(buffers))
     inputs = replace(make_inputs(SMALL), topk_ids=make_inputs(SMALL).topk_ids * 0)
     layer_of(inputs, ISA, **options_of(ISA))(inputs.x, inputs.topk_ids, inputs.weights)
     poison = torch.tensor(float("nan"), dtype=torch.bfloat16).view(torch.int16).numpy().tobytes()
@@ -434,7 +438,7 @@ HOOK = re.compile(r"^ *(?:this->)?(?:announce\w*|enter_\w+|leave_\w+)(?:<S>)?\([
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
 def test_other_instances_have_the_machine_code_they_had_without(tmp_path: Path) -> None:
-    shape = plan.plan_kernels(config_of(SMALL, ISA, **options_of(ISA)), ISA).shapes[0]
+    shape = shapes.plan_kernels(config_of(SMALL, ISA, **options_of(ISA)), ISA).shapes[0]
     hooks = 0
     for name, content in template_headers():
         text, count = HOOK.subn("", content.decode())
@@ -459,10 +463,10 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(SMALL, ISA)
     for text, watch in (("", "nothing"), ("0", "nothing"), ("1", "memory")):
         monkeypatch.setenv("JITMOE_CHECKED", text)
-        assert {shape.watch for shape in plan.plan_kernels(config, ISA).shapes} == {watch}
+        assert {shape.watch for shape in shapes.plan_kernels(config, ISA).shapes} == {watch}
     monkeypatch.setenv("JITMOE_CHECKED", "yes")
     with pytest.raises(SettingError, match="JITMOE_CHECKED"):
-        plan.plan_kernels(config, ISA)
+        shapes.plan_kernels(config, ISA)
 
 
 def members(struct: str) -> list[str]:
@@ -480,7 +484,7 @@ def test_checked_py_mirrors_the_headers() -> None:
     assert members("Life") == list(checked.LIFE.names)
     assert members("Checks") == list(checked.CHECKS.names)
     assert enumerators("Fault", HEADER) == ["none", *checked.FAULTS]
-    for pass_name, steps in (("forward", memory.FORWARD_STEPS), ("backward", memory.BACKWARD_STEPS)):
+    for pass_name, steps in (("forward", scratch.FORWARD_STEPS), ("backward", scratch.BACKWARD_STEPS)):
         header = (template_dir() / f"{pass_name}.hpp").read_text(encoding="utf-8")
         assert enumerators(f"{pass_name.capitalize()}Step", header) == list(steps)
-    assert int(re.search(r"kLine = (\d+);", HEADER)[1]) == memory.ALIGNMENT
+    assert int(re.search(r"kLine = (\d+);", HEADER)[1]) == scratch.ALIGNMENT

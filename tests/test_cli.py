@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from jitmoe import cache, cli, cpu, settings
-from jitmoe.plan import Shape
-from jitmoe.render import Instance, render
+from jitmoe import settings
+from jitmoe.cli import app
+from jitmoe.jit import cache, cpu
+from jitmoe.jit.render import Instance, render
+from jitmoe.plan.shapes import Shape
 
 SIZES = ["--num-experts", "4", "--hidden-size", "64", "--intermediate-size", "32", "--top-k", "2", "--isa", "ref"]
 
@@ -20,7 +22,7 @@ def run(capsys, cold_cache, monkeypatch):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         try:
-            status = cli.main(arguments)
+            status = app.main(arguments)
         except SystemExit as error:
             status = int(error.code or 0)
         captured = capsys.readouterr()
@@ -36,7 +38,7 @@ def quick_kernels(monkeypatch):
     def tiny(shape: Shape) -> Instance:
         return Instance(shape, f'extern "C" int m_step() {{ return {shape.m_step}; }}\n')
 
-    monkeypatch.setattr(cli.render, "render", tiny)
+    monkeypatch.setattr(app.render, "render", tiny)
 
 
 class TestHelp:
@@ -106,8 +108,8 @@ class TestDoctor:
         assert status == 1 and "set JITMOE_CACHE_DIR" in err and "not usable" in out
 
     def test_a_missing_package(self, run, monkeypatch):
-        installed = cli._version
-        monkeypatch.setattr(cli, "_version", lambda name: cli.MISSING if name == "torch" else installed(name))
+        installed = app._version
+        monkeypatch.setattr(app, "_version", lambda name: app.MISSING if name == "torch" else installed(name))
         status, _, err = run("doctor")
         assert status == 1 and "pip install torch" in err
 

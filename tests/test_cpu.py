@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from jitmoe import cpu, kernels
 from jitmoe.config import ISAS
 from jitmoe.errors import IsaError
-from jitmoe.plan import Shape
+from jitmoe.jit import cpu, kernels
+from jitmoe.plan.shapes import Shape
 
 AVX512 = frozenset(cpu.REQUIRED_FEATURES["avx512"])
 

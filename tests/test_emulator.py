@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from emulator_model import INDEFINITE, SIGNS, Array, RefusedError, Tiles, convert, fma, is_nan, masked, vdpbf16ps
 
-from jitmoe import emulator, kernels, toolchain
 from jitmoe.errors import IsaError
+from jitmoe.jit import emulator, kernels, toolchain
 
 DRIVER = Path(__file__).with_name("emulator_driver.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")

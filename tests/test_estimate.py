@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import jitmoe
-from jitmoe import cli, estimate, plan
+from jitmoe.cli import app
 from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
-from jitmoe.estimate import Load
+from jitmoe.memory import estimate
+from jitmoe.memory.estimate import Load
+from jitmoe.plan import shapes
 
 SMALL = MoEConfig(num_experts=4, hidden_size=33, intermediate_size=50, top_k=2, lora_rank=5, isa="ref")
 
@@ -72,7 +74,7 @@ def test_savings_are_what_the_changed_estimate_says():
 def test_smaller_groups_save_where_groups_are_full():
     load = Load(MoEConfig(16, 256, 192, 4, isa="avx512"), tokens=100_000)
     saving = next(saved for change, saved in estimate.estimate(load).savings.items() if "GROUP_BYTES" in change)
-    assert 0.4 * plan.GROUP_BYTES <= saving <= 1.1 * plan.GROUP_BYTES
+    assert 0.4 * shapes.GROUP_BYTES <= saving <= 1.1 * shapes.GROUP_BYTES
 
 
 def test_int8_weights_would_halve_the_packed_ones_and_are_said_not_to_exist():
@@ -224,7 +226,7 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     scratch = bytes_of(found.load, "scratch")
     assert found.total - scratch == layers * every + working
     sums, of_a_thread = 4 * tokens * hidden, 4 << 20
-    assert sums < scratch < sums + plan.GROUP_BYTES + threads * of_a_thread
+    assert sums < scratch < sums + shapes.GROUP_BYTES + threads * of_a_thread
     assert found.total == pytest.approx(1e9 * gigabytes, rel=1e-3)
 
 
@@ -256,7 +258,7 @@ def test_not_a_models_config_json(content, message, tmp_path):
 def test_experts_that_are_not_ours_are_said_to_be(fields, words, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS["Mixtral"][0] | fields))
-    assert cli.main(["estimate", str(path), "--tokens", "8"]) == 0
+    assert app.main(["estimate", str(path), "--tokens", "8"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"Note: {words}") and last.endswith(".")
 
@@ -265,7 +267,7 @@ def test_the_command(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS["Qwen3-30B-A3B"][0]))
     assert (
-        cli.main(["estimate", str(path), "--tokens", "2048", "--lora-rank", "4", "--recompute", "--isa", "avx2"]) == 0
+        app.main(["estimate", str(path), "--tokens", "2048", "--lora-rank", "4", "--recompute", "--isa", "avx2"]) == 0
     )
     out = capsys.readouterr().out
     title = "128 experts of 2048 x 768, top 8, LoRA of rank 4 in float32, 2048 tokens, "
@@ -277,10 +279,10 @@ def test_the_command(tmp_path, capsys):
     assert rows["packed"].split()[-5:] == ["1.21", "GB", "48", "58", "GB"]
     assert {"machine", "saving", "scratch", "optimizer"} <= set(rows) and "budget" not in rows
     arguments = ["--num-experts", "4", "--hidden-size", "33", "--intermediate-size", "50", "--top-k", "2"]
-    assert cli.main(["estimate", *arguments, "--memory-budget", "1000"]) == 0
+    assert app.main(["estimate", *arguments, "--memory-budget", "1000"]) == 0
     assert "memory_budget of a layer: does not fit" in capsys.readouterr().out
-    assert cli.main(["estimate", "--tokens", "8"]) == 1
+    assert app.main(["estimate", "--tokens", "8"]) == 1
     assert "--num-experts" in capsys.readouterr().err
     for option in ("--layers", "--threads", "--tokens"):
-        assert cli.main(["estimate", str(path), option, "0"]) == 1
+        assert app.main(["estimate", str(path), option, "0"]) == 1
         assert option.strip("-") in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from jitmoe.reference import LoraTensors
+from jitmoe.oracle.reference import LoraTensors
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "finetune.py"
 SHORT = ("--steps", "3", "--pretrain-steps", "3")

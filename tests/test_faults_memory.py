@@ -15,9 +15,13 @@ from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, r
 from torch import Tensor
 from yardstick import Case, Inputs, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, autograd, experts, kernels, memory, route, workspace
-from jitmoe.memory import Buffer, Placed, ScratchPlan
-from jitmoe.pack import Seal
+from jitmoe import MoELayer
+from jitmoe.experts import call, ops, workspace
+from jitmoe.experts.pack import Seal
+from jitmoe.host import route
+from jitmoe.jit import kernels
+from jitmoe.plan import scratch
+from jitmoe.plan.scratch import Buffer, Placed, ScratchPlan
 
 ISA = usable_isas()[0]
 RAGGED = [case_named("ragged_31"), case_named("ragged_65")]
@@ -54,11 +58,11 @@ class Fence:
 
 
 ALLOCATORS = ("empty", "zeros_like")
-"""All of torch that autograd.py allocates with, beside casts and copies of inputs. Large tensors come from blocks."""
+"""All of torch that ops.py allocates with, beside casts and copies of inputs. Large tensors come from blocks."""
 
 
 class Fences:
-    """Tensors that begin or end at a forbidden page; a drop-in for torch's allocating functions in autograd.py."""
+    """Tensors that begin or end at a forbidden page; a drop-in for torch's allocating functions in ops.py."""
 
     def __init__(self, at_end: bool) -> None:
         self.at_end = at_end
@@ -88,7 +92,7 @@ class Fences:
 
 
 class FencedTorch(ModuleType):
-    """torch as autograd.py sees it, with its results and gradients between fences."""
+    """torch as ops.py sees it, with its results and gradients between fences."""
 
     def __init__(self, fences: Fences) -> None:
         super().__init__("torch")
@@ -125,8 +129,8 @@ def test_no_byte_beyond_any_tensor_is_touched(
 
     fences = Fences(at_end)
     fence_layer(layer, fences)
-    monkeypatch.setattr(autograd, "torch", FencedTorch(fences))
-    monkeypatch.setattr(experts, "arenas", fences)
+    monkeypatch.setattr(ops, "torch", FencedTorch(fences))
+    monkeypatch.setattr(call, "arenas", fences)
     x, weights = (fences.copy(tensor).requires_grad_() for tensor in (inputs.x, inputs.weights))
     out = layer(x, fences.copy(inputs.topk_ids), weights)
     out.backward(fences.copy(inputs.dout))
@@ -176,9 +180,9 @@ def test_no_byte_beyond_any_buffer_of_scratch_is_touched(
     layer = layer_of(inputs, isa, recompute=recompute)
     expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
     fenced = FencedBuffers()
-    monkeypatch.setattr(memory, "place", fenced.place)
-    monkeypatch.setattr(experts, "arenas", fenced)
-    monkeypatch.setattr(experts, "usable_threads", lambda _: 1)
+    monkeypatch.setattr(scratch, "place", fenced.place)
+    monkeypatch.setattr(call, "arenas", fenced)
+    monkeypatch.setattr(call, "usable_threads", lambda _: 1)
     assert different(results_of_layer(layer, inputs), expected) == []
     assert len(fenced.leases) == 2
 
@@ -248,14 +252,14 @@ def fail_at(count: int, function: Callable[..., Any], error: type[BaseException]
 
 PHASES: dict[str, tuple[Any, str]] = {
     "routing": (route, "_sort_slots"),
-    "planning of groups": (experts, "plan_groups"),
-    "planning of forward": (experts, "plan_forward"),
-    "planning of backward": (experts, "plan_backward"),
+    "planning of groups": (call, "plan_groups"),
+    "planning of forward": (call, "plan_forward"),
+    "planning of backward": (call, "plan_backward"),
     "scratch": (workspace, "allocate"),
     "kernel of forward": (kernels.Kernels, "forward"),
     "kernel of backward": (kernels.Kernels, "backward"),
-    "addresses": (autograd, "_addresses"),
-    "packed inputs": (autograd, "_inputs"),
+    "addresses": (ops, "_addresses"),
+    "packed inputs": (ops, "_inputs"),
 }
 
 
@@ -316,7 +320,7 @@ def test_torch_has_no_memory_for_its_part(
             monkeypatch.setattr(scarce, other, getattr(torch, other))
         x = inputs.x.clone().requires_grad_()
         with monkeypatch.context() as patch:
-            patch.setattr(autograd, "torch", FencedTorch(scarce))
+            patch.setattr(ops, "torch", FencedTorch(scarce))
             out = None
             try:
                 out = layer(x, inputs.topk_ids, inputs.weights)
@@ -337,7 +341,7 @@ from pathlib import Path
 from helpers import case_named, layer_of
 from yardstick import make_inputs, results_of_layer
 from dataclasses import replace
-from jitmoe import workspace
+from jitmoe.experts import workspace
 
 torch.set_num_threads(2)
 inputs = make_inputs(case_named("small"))

@@ -9,10 +9,11 @@ from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, s
 from torch import Tensor
 from yardstick import Case, Results, check, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, workspace
-from jitmoe.layer import PROJECTIONS
-from jitmoe.pack import Seal
-from jitmoe.reference import LoraTensors
+from jitmoe import MoELayer
+from jitmoe.experts import workspace
+from jitmoe.experts.layer import PROJECTIONS
+from jitmoe.experts.pack import Seal
+from jitmoe.oracle.reference import LoraTensors
 
 CASES = [case_named("small"), case_named("ragged_31"), case_named("ragged_65")]
 NO_LORA = case_named("no_lora")

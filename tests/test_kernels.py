@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from helpers import any_shape
 
-from jitmoe import kernels, plan
-from jitmoe import memory as memory_module
-from jitmoe.build import ABI_VERSION, ensure
 from jitmoe.errors import KernelError
-from jitmoe.render import render, template_dir
+from jitmoe.jit import kernels
+from jitmoe.jit.build import ABI_VERSION, ensure
+from jitmoe.jit.render import render, template_dir
+from jitmoe.plan import scratch as memory_module
+from jitmoe.plan import shapes
 
 HEADER = (template_dir() / "call.hpp").read_text(encoding="utf-8")
 C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
@@ -59,14 +60,14 @@ def test_steps_mirror_the_header() -> None:
 
 
 def test_observed_tensors_mirror_the_header() -> None:
-    header = (template_dir() / "traced.hpp").read_text(encoding="utf-8")
+    header = (template_dir() / "watch" / "traced.hpp").read_text(encoding="utf-8")
     names = re.search(r"enum class Observed \{(.*?)\}", header, re.DOTALL)[1]
     assert [name.strip() for name in names.split(",")] == [*kernels.OBSERVED, "count"]
 
 
 def test_scratch_names_are_fields_and_buffers() -> None:
     """What the planner may place is exactly what the kernels can be told of."""
-    shape, size = plan.Shape("ref", 8, 8, 32, 4, False), memory_module.CallSize(3, 6, 2, 3, 4, 1)
+    shape, size = shapes.Shape("ref", 8, 8, 32, 4, False), memory_module.CallSize(3, 6, 2, 3, 4, 1)
     placed = {item.buffer.name for item in memory_module.plan_forward(shape, size).placed}
     for recompute in (False, True):
         backward = memory_module.plan_backward(shape, size, x_grad=True, recompute=recompute)

@@ -14,7 +14,7 @@ from yardstick import Case, Inputs, check, make_inputs, results_of_layer
 
 from jitmoe import MoEConfig, MoELayer
 from jitmoe.errors import InputError, InputTypeError, IsaError, WeightsChangedError
-from jitmoe.reference import LoraTensors
+from jitmoe.oracle.reference import LoraTensors
 
 ISA = usable_isas()[0]
 SMALL = case_named("small")
@@ -120,7 +120,9 @@ class TestContract:
         assert f"hidden_size={SMALL.hidden}" in repr(layer) and f"isa={ISA}" in repr(layer)
 
     def test_an_isa_that_cannot_run_here_is_refused(self, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("jitmoe.cpu.detect", lambda: type("Cpu", (), {"model": "old", "features": frozenset()})())
+        monkeypatch.setattr(
+            "jitmoe.jit.cpu.detect", lambda: type("Cpu", (), {"model": "old", "features": frozenset()})()
+        )
         with pytest.raises(IsaError, match="avx2"):
             layer_of(inputs, "avx2")
 
@@ -205,7 +207,7 @@ class TestState:
                 raise MemoryError("seeded")
             original(kernels, name, *rest)
 
-        import jitmoe.layer as module
+        import jitmoe.experts.layer as module
 
         original = module.pack_experts
         state = layer_of(other_inputs(), ISA).state_dict()

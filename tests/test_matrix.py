@@ -12,9 +12,10 @@ import torch
 from helpers import NATIVE, config_of, cut_groups, different, layer_of, usable_isas
 from yardstick import CASES, SMALL_SIZE, Case, check, make_inputs, results_of_layer
 
-from jitmoe import build, plan
+from jitmoe import build
+from jitmoe.plan import shapes
 
-CELLS = [(case, isa, m_step) for case in CASES for isa in NATIVE for m_step in plan.M_STEPS[isa]]
+CELLS = [(case, isa, m_step) for case in CASES for isa in NATIVE for m_step in shapes.M_STEPS[isa]]
 """Every case of the yardstick on every register block."""
 
 FEW_ROWS_SHAPES = ("small", "medium", "all_ones", "ragged_31", "ragged_65", "no_lora")
@@ -28,7 +29,7 @@ GROUPS_CASES = [case for case in CASES if case.name in ("small", "ragged_65", "m
 
 def cells(with_bfloat16: bool) -> Iterator[pytest.param]:
     for case, isa, m_step in CELLS:
-        fast = (m_step == plan.M_STEPS[isa][-1] and isa != "ref") or case.name in FEW_ROWS_SHAPES
+        fast = (m_step == shapes.M_STEPS[isa][-1] and isa != "ref") or case.name in FEW_ROWS_SHAPES
         if with_bfloat16:
             if not case.rank or case.lora_dtype == torch.bfloat16:
                 continue
@@ -72,7 +73,7 @@ def test_shape_with_bfloat16_lora(case: Case, isa: str, m_step: int) -> None:
 def test_cut_into_many_groups(case: Case, isa: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert with more rows than a group holds is cut; only the order of the LoRA gradients' sums may change."""
     inputs = make_inputs(replace(case, tokens=200))
-    m_step = plan.M_STEPS[isa][0]
+    m_step = shapes.M_STEPS[isa][0]
     layer = layer_of(inputs, isa, m_step=m_step, recompute=recompute)
     whole = results_of_layer(layer, inputs)
 
@@ -89,6 +90,6 @@ def test_the_matrix_has_ragged_and_small_results() -> None:
     """The kinds of case that the matrix exists for are in it."""
     assert any(case.hidden % 32 and case.intermediate % 32 and case.rank % 32 for case in CASES)
     assert any(case.hidden % 2 and case.intermediate % 2 for case in CASES), "an odd last pair"
-    assert any(case.rank > plan.K_STEP for case in CASES)
+    assert any(case.rank > shapes.K_STEP for case in CASES)
     assert any(case.tokens * case.hidden >= SMALL_SIZE for case in CASES)
     assert {case.lora_dtype for case in CASES} == {torch.float32, torch.bfloat16}

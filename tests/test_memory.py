@@ -23,11 +23,15 @@ from hypothesis import strategies as st
 from yardstick import Inputs, Results, make_inputs, results_of_layer
 
 import jitmoe
-from jitmoe import MoEConfig, MoELayer, autograd, experts, memory, plan, workspace
-from jitmoe.budget import Held
+from jitmoe import MoEConfig, MoELayer
 from jitmoe.config import ISAS
 from jitmoe.errors import PlanError
-from jitmoe.memory import (
+from jitmoe.experts import call, ops, workspace
+from jitmoe.experts.workspace import Arenas, Blocks
+from jitmoe.jit.render import template_dir
+from jitmoe.memory.budget import Held
+from jitmoe.plan import scratch, shapes
+from jitmoe.plan.scratch import (
     ALIGNMENT,
     Buffer,
     CallSize,
@@ -39,8 +43,6 @@ from jitmoe.memory import (
     prove,
     thread_strides,
 )
-from jitmoe.render import template_dir
-from jitmoe.workspace import Arenas, Blocks
 
 STEPS = 6
 ISA = usable_isas()[0]
@@ -97,7 +99,7 @@ def test_placed_buffers_never_share_while_alive(buffers: list[Buffer]) -> None:
     assert shadow(placed, buffers)
     assert sorted(item.buffer.name for item in placed.placed) == sorted(b.name for b in buffers)
     assert all(item.offset % ALIGNMENT == 0 and item.end <= placed.nbytes for item in placed.placed)
-    assert placed.nbytes >= lower_bound(buffers) == memory.lower_bound(buffers)
+    assert placed.nbytes >= lower_bound(buffers) == scratch.lower_bound(buffers)
 
 
 def test_places_are_within_a_few_per_cent_of_the_lower_bound() -> None:
@@ -177,7 +179,9 @@ def test_a_misaligned_offset_is_caught() -> None:
 def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> None:
     """The stride that the kernels are told is what the plan has room for; two threads never meet in a line."""
     for hidden, intermediate, segment_rows in [(1, 1, 1), (33, 65, 7), (300, 290, 48)]:
-        shape = plan.Shape(isa, hidden, intermediate, plan.round_up(rank, plan.K_STEP), plan.M_STEPS[isa][0], False)
+        shape = shapes.Shape(
+            isa, hidden, intermediate, shapes.round_up(rank, shapes.K_STEP), shapes.M_STEPS[isa][0], False
+        )
         size = CallSize(9, rows=60, blocks=60, segment_rows=segment_rows, rank=rank, threads=3)
         backward = plan_backward(shape, size, x_grad=True, recompute=False)
         for strips, found in ((2, plan_forward(shape, size)), (4, backward)):
@@ -186,25 +190,25 @@ def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> No
             assert len(of_threads) >= 3
             for name, buffer in of_threads.items():
                 stride = strides[name.replace("thread_", "") + "_stride"]
-                each = math.prod(buffer.shape[1:]) * memory.ITEM_BYTES[buffer.dtype]
+                each = math.prod(buffer.shape[1:]) * scratch.ITEM_BYTES[buffer.dtype]
                 assert (buffer.shape[0], stride, stride % ALIGNMENT) == (size.threads, each, 0), name
 
 
 def test_the_chunk_mirrors_the_header() -> None:
     """Shapes of the tests are too small to fill a chunk, so a shorter buffer would not be missed."""
-    header = (template_dir() / "gemm.hpp").read_text(encoding="utf-8")
-    assert re.findall(r"kChunk = (\d+);", header) == [str(memory.CHUNK)]
+    header = (template_dir() / "gemm" / "interface.hpp").read_text(encoding="utf-8")
+    assert re.findall(r"kChunk = (\d+);", header) == [str(scratch.CHUNK)]
 
 
-W6 = plan.Shape("avx512", 7168, 2048, 32, 14, False)
+W6 = shapes.Shape("avx512", 7168, 2048, 32, 14, False)
 W6_TOKENS, W6_TOP_K, W6_EXPERTS = 25600, 8, 256
 
 
-def plans_of(shape: plan.Shape, tokens: int, top_k: int, experts_: int, threads: int = 64) -> Iterator[ScratchPlan]:
+def plans_of(shape: shapes.Shape, tokens: int, top_k: int, experts_: int, threads: int = 64) -> Iterator[ScratchPlan]:
     """Forward, and backward with and without recomputing, for evenly routed tokens."""
     offsets = np.arange(experts_ + 1, dtype=np.int64) * (tokens * top_k // experts_)
     for training in (False, True):
-        groups = plan.plan_groups(np.arange(experts_), offsets, shape.m_step, memory.row_bytes(shape, training))
+        groups = shapes.plan_groups(np.arange(experts_), offsets, shape.m_step, scratch.row_bytes(shape, training))
         size = CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, 8, threads)
         if not training:
             yield plan_forward(shape, size)
@@ -216,22 +220,26 @@ def plans_of(shape: plan.Shape, tokens: int, top_k: int, experts_: int, threads:
 def test_sizes_of_a_very_large_model() -> None:
     """Where the ancestor asked for 4 TB: the token sums, a few groups of panels, and each thread's own part."""
     token_sums = W6_TOKENS * W6.hidden * 4
-    thread = plan.GROUP_BYTES  # a strip of 32 columns of a segment, four times, and expanded weights: less than this
+    thread = shapes.GROUP_BYTES  # a strip of 32 columns of a segment, four times, and expanded weights: less than this
     for found in plans_of(W6, W6_TOKENS, W6_TOP_K, W6_EXPERTS):
-        assert found.nbytes <= token_sums + 2 * plan.GROUP_BYTES + 64 * thread
+        assert found.nbytes <= token_sums + 2 * shapes.GROUP_BYTES + 64 * thread
         others = [p.buffer for p in found.placed if p.buffer.name != "sums" and "thread" not in p.buffer.name]
-        assert max(b.nbytes for b in others) <= 1.1 * plan.GROUP_BYTES, "nothing grows with T x K x H"
+        assert max(b.nbytes for b in others) <= 1.1 * shapes.GROUP_BYTES, "nothing grows with T x K x H"
 
 
 def test_real_plans_waste_nothing() -> None:
-    for shape in (W6, plan.Shape("avx512_bf16", 2048, 1408, 32, 14, False), plan.Shape("avx2", 64, 96, 32, 6, False)):
+    for shape in (
+        W6,
+        shapes.Shape("avx512_bf16", 2048, 1408, 32, 14, False),
+        shapes.Shape("avx2", 64, 96, 32, 6, False),
+    ):
         for found in plans_of(shape, 4096, 8, 64, threads=2):
             assert found.nbytes == lower_bound([item.buffer for item in found.placed])
 
 
 def test_scratch_does_not_grow_with_the_tokens_but_for_their_sums() -> None:
     def without_sums(tokens: int) -> list[int]:
-        sums = plan.ceil_div(W6.hidden, plan.N_STRIP) * plan.N_STRIP * tokens * 4
+        sums = shapes.ceil_div(W6.hidden, shapes.N_STRIP) * shapes.N_STRIP * tokens * 4
         return [found.nbytes - sums for found in plans_of(W6, tokens, W6_TOP_K, W6_EXPERTS)]
 
     for few, many in zip(without_sums(W6_TOKENS), without_sums(100 * W6_TOKENS), strict=True):
@@ -341,10 +349,10 @@ class TestBlocks:
         assert blocks.held_bytes() == 1000
 
     def test_a_tensor_of_the_layer_has_a_block_until_it_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(autograd, "PAGE", 0)
-        monkeypatch.setattr(autograd, "blocks", blocks := Blocks())
+        monkeypatch.setattr(ops, "PAGE", 0)
+        monkeypatch.setattr(ops, "blocks", blocks := Blocks())
         for shape, dtype in (((3, 5, 7), torch.bfloat16), ((4, 9), torch.float32), ((0, 4), torch.float32)):
-            tensor = autograd.empty(shape, dtype)
+            tensor = ops.empty(shape, dtype)
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
             part = tensor[1:]
             del tensor
@@ -449,7 +457,7 @@ class TestBlocks:
 
 
 def test_release_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "PAGE", 0)
+    monkeypatch.setattr(ops, "PAGE", 0)
     inputs = make_inputs(case_named("ragged_31"))
     results_of_layer(layer_of(inputs, ISA), inputs)
     assert workspace.arenas.held_bytes() > 0 and workspace.blocks.held_bytes() > 0
@@ -498,9 +506,9 @@ def run_with(
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "place", placed)
-            patch.setattr(memory, "prove", lambda found: found)
-            patch.setattr(experts, "arenas", arenas)
+            patch.setattr(scratch, "place", placed)
+            patch.setattr(scratch, "prove", lambda found: found)
+            patch.setattr(call, "arenas", arenas)
             results = results_of_layer(layer, inputs)
         assert arenas.leases == 2
         return results
@@ -544,7 +552,7 @@ def pairs(layer: MoELayer, inputs: Inputs, meeting: bool) -> set[tuple[str, str]
         return apart(buffers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "place", record)
+        patch.setattr(scratch, "place", record)
         results_of_layer(layer, inputs)
     return {pair for pair, meets in found.items() if meets is meeting}
 

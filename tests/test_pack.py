@@ -10,10 +10,11 @@ from helpers import any_shape, case_named, config_of, layer_of, run_python, same
 from safetensors.torch import save_file
 from yardstick import Inputs, make_inputs
 
-from jitmoe import MoELayer, kernels, safetensors_source
+from jitmoe import MoELayer, safetensors_source
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
-from jitmoe.pack import Seal, empty_packed, pack_experts, unpack_experts
-from jitmoe.plan import packed_elements
+from jitmoe.experts.pack import Seal, empty_packed, pack_experts, unpack_experts
+from jitmoe.jit import kernels
+from jitmoe.plan.shapes import packed_elements
 
 ISA = usable_isas()[0]
 BASES = ("gate_proj", "up_proj", "down_proj")

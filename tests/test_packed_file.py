@@ -24,10 +24,11 @@ from helpers import (
 )
 from yardstick import Inputs, check, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, packed_file
+from jitmoe import MoELayer
 from jitmoe.errors import PackedFileError, WeightsChangedError
+from jitmoe.experts import packed_file
 from jitmoe.files import replacing
-from jitmoe.plan import PACKED_LAYOUT
+from jitmoe.plan.shapes import PACKED_LAYOUT
 
 ISA = usable_isas()[0]
 RAGGED = case_named("ragged_65")

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitmoe import MoEConfig, plan
+from jitmoe import MoEConfig
 from jitmoe.config import ISAS, MAX_SIZE
 from jitmoe.errors import ConfigError
+from jitmoe.plan import shapes
 
 FIELDS = {"num_experts": 4, "hidden_size": 64, "intermediate_size": 96, "top_k": 2}
 
@@ -44,57 +45,57 @@ def test_impossible_options_are_refused_by_name(field: str, value: object) -> No
 
 def test_largest_sizes_are_planned_without_overflow() -> None:
     config = config_with(hidden_size=MAX_SIZE, intermediate_size=MAX_SIZE, num_experts=MAX_SIZE, lora_rank=MAX_SIZE)
-    (*_, shape) = plan.plan_kernels(config, "ref").shapes
+    (*_, shape) = shapes.plan_kernels(config, "ref").shapes
     assert (shape.hidden, shape.intermediate, shape.padded_rank) == (MAX_SIZE,) * 3
 
 
 @pytest.mark.parametrize(("rank", "padded"), [(0, 0), (1, 32), (31, 32), (32, 32), (33, 64)])
 def test_rank_is_padded_to_the_k_step(rank: int, padded: int) -> None:
-    assert {shape.padded_rank for shape in plan.plan_kernels(config_with(lora_rank=rank), "ref").shapes} == {padded}
+    assert {shape.padded_rank for shape in shapes.plan_kernels(config_with(lora_rank=rank), "ref").shapes} == {padded}
 
 
 @pytest.mark.parametrize("isa", ISAS)
 class TestRegisterBlocks:
     def test_all_of_the_instruction_set_are_planned_ascending(self, isa: str) -> None:
-        shapes = plan.plan_kernels(config_with(), isa).shapes
-        steps = [shape.m_step for shape in shapes]
-        assert [shape.m_step for shape in shapes if shape.isa == isa] == sorted(plan.M_STEPS[isa])
+        found = shapes.plan_kernels(config_with(), isa).shapes
+        steps = [shape.m_step for shape in found]
+        assert [shape.m_step for shape in found if shape.isa == isa] == sorted(shapes.M_STEPS[isa])
         assert steps and steps == sorted(steps)
 
     def test_one_can_be_forced(self, isa: str) -> None:
-        for step in plan.M_STEPS[isa]:
-            assert [shape.m_step for shape in plan.plan_kernels(config_with(m_step=step), isa).shapes] == [step]
+        for step in shapes.M_STEPS[isa]:
+            assert [shape.m_step for shape in shapes.plan_kernels(config_with(m_step=step), isa).shapes] == [step]
 
     def test_another_is_refused_with_the_choice(self, isa: str) -> None:
         with pytest.raises(ConfigError, match=f"m_step must be one of .* on {isa}, got 1000"):
-            plan.plan_kernels(config_with(m_step=1000), isa)
+            shapes.plan_kernels(config_with(m_step=1000), isa)
 
     def test_few_rows_take_the_smallest_many_the_largest(self, isa: str) -> None:
-        kernels = plan.plan_kernels(config_with(), isa)
-        assert kernels.select(rows=4 * plan.FEW_ROWS, active_experts=4) is kernels.shapes[0]
+        kernels = shapes.plan_kernels(config_with(), isa)
+        assert kernels.select(rows=4 * shapes.FEW_ROWS, active_experts=4) is kernels.shapes[0]
         assert kernels.select(rows=4000, active_experts=4) is kernels.shapes[-1]
 
     def test_a_batch_invariant_layer_has_one_form_for_every_row_count(self, isa: str) -> None:
-        kernels = plan.plan_kernels(config_with(batch_invariant=True), isa)
+        kernels = shapes.plan_kernels(config_with(batch_invariant=True), isa)
         assert {kernels.select(rows, 4) for rows in (0, 1, 32, 33, 10**6)} == {kernels.shapes[-1]}
 
 
 def test_rows_choose_among_the_kernels_of_amx() -> None:
-    kernels = plan.plan_kernels(config_with(), "amx")
-    chosen = [kernels.select(rows, 10) for rows in (10 * plan.FEW_ROWS, 10 * plan.ONE_TILE_ROWS, 1000)]
+    kernels = shapes.plan_kernels(config_with(), "amx")
+    chosen = [kernels.select(rows, 10) for rows in (10 * shapes.FEW_ROWS, 10 * shapes.ONE_TILE_ROWS, 1000)]
     assert [(shape.isa, shape.m_step) for shape in chosen] == [("avx512", 4), ("amx", 16), ("amx", 32)]
-    assert {shape.isa for shape in plan.plan_kernels(config_with(batch_invariant=True), "amx").shapes} == {"amx"}
+    assert {shape.isa for shape in shapes.plan_kernels(config_with(batch_invariant=True), "amx").shapes} == {"amx"}
 
 
 def test_the_lora_dtype_of_cast_parameters_counts() -> None:
-    assert not plan.plan_kernels(config_with(), "ref").shapes[0].lora_bf16
-    assert plan.plan_kernels(config_with(), "ref", lora_dtype="bfloat16").shapes[0].lora_bf16
+    assert not shapes.plan_kernels(config_with(), "ref").shapes[0].lora_bf16
+    assert shapes.plan_kernels(config_with(), "ref", lora_dtype="bfloat16").shapes[0].lora_bf16
 
 
 def test_names_of_shapes_tell_them_apart() -> None:
     configs = [config_with(lora_rank=rank, lora_dtype=dtype) for rank in (0, 8) for dtype in ("float32", "bfloat16")]
-    shapes = {shape for isa in ISAS for config in configs for shape in plan.plan_kernels(config, isa).shapes}
-    assert len({shape.name for shape in shapes}) == len(shapes)
+    named = {shape for isa in ISAS for config in configs for shape in shapes.plan_kernels(config, isa).shapes}
+    assert len({shape.name for shape in named}) == len(named)
 
 
 @st.composite
@@ -110,8 +111,8 @@ def routed(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int) -> None:
     """Every row lies in one segment of its expert, in order; groups hold whole segments that fit the panels."""
     active, offsets = rows
-    groups = plan.plan_groups(active, offsets, m_step, row_bytes)
-    limit = max(plan.GROUP_BYTES // row_bytes, 4 * m_step) + m_step
+    groups = shapes.plan_groups(active, offsets, m_step, row_bytes)
+    limit = max(shapes.GROUP_BYTES // row_bytes, 4 * m_step) + m_step
     row = 0
     for expert, first, count, _ in groups.segments.tolist():
         assert count > 0 and first == row
@@ -125,7 +126,7 @@ def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int
     for begin, end in zip(groups.bounds[:-1], groups.bounds[1:], strict=True):
         mine = groups.segments[begin:end]
         assert len(set(mine[:, 0].tolist())) == len(mine), "one expert's segments may not meet in a group"
-        blocks = [plan.ceil_div(int(count), m_step) for count in mine[:, 2]]
+        blocks = [shapes.ceil_div(int(count), m_step) for count in mine[:, 2]]
         assert mine[:, 3].tolist() == [sum(blocks[:i]) for i in range(len(blocks))]
         assert sum(blocks) * m_step <= limit
         sizes.append((int(mine[:, 2].sum()), sum(blocks)))
@@ -137,25 +138,25 @@ def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.sampled_from([1, 3, 14]), st.integers(4, 40))
 def test_no_routing_exceeds_the_worst_extents(counts: list[int], m_step: int, blocks: int) -> None:
     """Whatever the routing: neither those that reach the extents (next test) nor any other is above them."""
-    row_bytes = plan.GROUP_BYTES // (blocks * m_step)
-    limit = plan.group_limit(m_step, row_bytes)
+    row_bytes = shapes.GROUP_BYTES // (blocks * m_step)
+    limit = shapes.group_limit(m_step, row_bytes)
     active = np.flatnonzero(counts)
     offsets = np.cumsum([0, *(counts[expert] for expert in active)])
-    groups = plan.plan_groups(active, offsets, m_step, row_bytes)
+    groups = shapes.plan_groups(active, offsets, m_step, row_bytes)
     for range_ in ((active.size, active.size), (min(active.size, 1), min(len(counts), sum(counts)))):
-        worst = plan.worst_extents(sum(counts), range_, m_step, limit)
+        worst = shapes.worst_extents(sum(counts), range_, m_step, limit)
         assert groups.rows <= worst.rows and groups.blocks <= worst.blocks and groups.segment_rows <= worst.segment_rows
 
 
 @given(st.integers(1, 400), st.integers(1, 30), st.sampled_from([1, 3, 14]), st.integers(4, 40))
 def test_the_worst_extents_are_reached(rows: int, experts: int, m_step: int, blocks: int) -> None:
-    row_bytes = plan.GROUP_BYTES // (blocks * m_step)
-    limit = plan.group_limit(m_step, row_bytes)
+    row_bytes = shapes.GROUP_BYTES // (blocks * m_step)
+    limit = shapes.group_limit(m_step, row_bytes)
     most = min(rows, experts)
-    worst = plan.worst_extents(rows, (1, most), m_step, limit)
+    worst = shapes.worst_extents(rows, (1, most), m_step, limit)
 
-    def extents(counts: list[int]) -> plan.Groups:
-        return plan.plan_groups(np.arange(len(counts)), np.cumsum([0, *counts]), m_step, row_bytes)
+    def extents(counts: list[int]) -> shapes.Groups:
+        return shapes.plan_groups(np.arange(len(counts)), np.cumsum([0, *counts]), m_step, row_bytes)
 
     heavy, spread = extents([rows]), extents([1] * (most - 1) + [rows - most + 1])
     if rows <= limit:
@@ -169,8 +170,8 @@ def test_the_worst_extents_are_reached(rows: int, experts: int, m_step: int, blo
 @given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(ISAS), st.booleans(), st.booleans())
 def test_kernels_that_a_routing_can_reach(rows: int, experts: int, isa: str, skip: bool, invariant: bool) -> None:
     config = MoEConfig(experts, 64, 96, 1, allow_skip=skip, batch_invariant=invariant)
-    kernels = plan.plan_kernels(config, isa)
-    reached: dict[plan.Shape, tuple[int, int]] = {}
+    kernels = shapes.plan_kernels(config, isa)
+    reached: dict[shapes.Shape, tuple[int, int]] = {}
     for active in range(1, min(rows, experts) + 1):
         shape = kernels.select(rows, active)
         reached[shape] = (reached.get(shape, (active, active))[0], active)

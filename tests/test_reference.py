@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from yardstick import CASES, Case, Inputs, Results, check, make_inputs, results_of_layer, results_of_reference
 
-from jitmoe.reference import LoraTensors, moe_reference
+from jitmoe.oracle.reference import LoraTensors, moe_reference
 
 MEDIUM = next(case for case in CASES if case.name == "medium")
 Silu = Callable[[Tensor], Tensor]

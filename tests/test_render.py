@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from jitmoe.plan import Shape
-from jitmoe.render import render
+from jitmoe.jit.render import render
+from jitmoe.plan.shapes import Shape
 
 SHAPES = [
     Shape(isa="avx512", hidden=2048, intermediate=1408, padded_rank=32, m_step=14, lora_bf16=False),

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import jitmoe.route
+import jitmoe.host.route
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.route import Route, route
+from jitmoe.host.route import Route, route
 
 ARRAYS = ("active", "offsets", "row_token", "row_slot", "slot_row")
 EXTREMES = (-1, -(2**31), -(2**63), 2**31 - 1, 2**31, 2**32, 2**63 - 1)
@@ -43,7 +43,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "interpreted":
             for name in ("_first_outside", "_count_rows", "_row_ranges", "_sort_slots"):
-                patch.setattr(jitmoe.route, name, getattr(jitmoe.route, name).py_func)
+                patch.setattr(jitmoe.host.route, name, getattr(jitmoe.host.route, name).py_func)
         yield
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import jitmoe.scan
+import jitmoe.host.scan
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.scan import Scan, scan
+from jitmoe.host.scan import Scan, scan
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run each test with Numba's code and with the Python that it was compiled from."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "interpreted":
-            patch.setattr(jitmoe.scan, "_scan", jitmoe.scan._scan.py_func)
+            patch.setattr(jitmoe.host.scan, "_scan", jitmoe.scan._scan.py_func)
         yield
 
 
@@ -143,7 +143,7 @@ def test_other_shapes_are_refused() -> None:
 
 def add_piece(record: np.ndarray, values: np.ndarray, row: int, column: int, strides: tuple[int, int]) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    call = ctypes.CFUNCTYPE(None, pointer, pointer, *[integer] * 6)(jitmoe.scan.observe_address())
+    call = ctypes.CFUNCTYPE(None, pointer, pointer, *[integer] * 6)(jitmoe.host.scan.observe_address())
     rows, columns = values.shape
     call(record.ctypes.data, values.ctypes.data, row, rows, column, columns, *strides)
 
@@ -166,8 +166,8 @@ def test_pieces_add_up_to_the_whole(seed: int, transposed: bool) -> None:
         inside = (around.T if transposed else around)[: piece.shape[0], : piece.shape[1]]
         inside[:] = piece
         add_piece(record, inside, row, column, (1, 8) if transposed else (8, 1))
-    assert_same(jitmoe.scan.read_record(record[0]), model(matrix))
+    assert_same(jitmoe.host.scan.read_record(record[0]), model(matrix))
 
 
 def test_a_record_of_nothing() -> None:
-    assert_same(jitmoe.scan.read_record(jitmoe.scan.empty_records(2)[1]), model(np.empty((0, 3), np.float32)))
+    assert_same(jitmoe.host.scan.read_record(jitmoe.host.scan.empty_records(2)[1]), model(np.empty((0, 3), np.float32)))

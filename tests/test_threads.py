@@ -13,8 +13,11 @@ import torch
 from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, run_python, same_bits, usable_isas
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
-from jitmoe import MoELayer, autograd, plan, tokens, workspace
-from jitmoe.reference import LoraTensors
+from jitmoe import MoELayer
+from jitmoe.experts import ops, workspace
+from jitmoe.host import tokens
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.plan import shapes
 
 ISA = usable_isas()[0]
 CASES = [case_named("medium"), case_named("ragged_65")]
@@ -73,9 +76,9 @@ def test_batch_invariance_is_one_kernel_form() -> None:
     inputs = make_inputs(CASES[0])
     for isa in usable_isas():
         for invariant in (False, True):
-            plans = plan.plan_kernels(layer_of(inputs, isa, batch_invariant=invariant).config, isa)
+            plans = shapes.plan_kernels(layer_of(inputs, isa, batch_invariant=invariant).config, isa)
             chosen = {plans.select(rows, 1).m_step for rows in (1, 1000)}
-            assert len(chosen) == (1 if invariant else len(plan.M_STEPS[isa]))
+            assert len(chosen) == (1 if invariant else len(shapes.M_STEPS[isa]))
 
 
 REPEAT = """
@@ -94,7 +97,7 @@ torch.save(results_of_layer(layer_of(inputs, "{isa}"), inputs), sys.argv[1] if l
         ("", {}),
         ("", {"OMP_NUM_THREADS": "1"}),
         ("import numba", {}),
-        ("import jitmoe.tokens; jitmoe.tokens.gather_rows_address()", {}),
+        ("import jitmoe.host.tokens; jitmoe.tokens.gather_rows_address()", {}),
         ("import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])", {}),
     ],
     ids=["plain", "OMP_NUM_THREADS=1", "numba first", "our numba code first", "cpuset of 1"],
@@ -271,7 +274,7 @@ class TestFork:
     def test_while_another_thread_holds_the_memory(
         self, layer: MoELayer, inputs: Inputs, owner: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(autograd, "PAGE", 0)
+        monkeypatch.setattr(ops, "PAGE", 0)
         expected = results_with(2, layer, inputs)
         with getattr(workspace, owner)._lock:
             in_forked_child(lambda: not different(results_of_layer(layer, inputs), expected))

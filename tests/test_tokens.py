@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jitmoe import tokens
+from jitmoe.host import tokens
 
 INT = ctypes.c_int64
 POINTER = ctypes.c_void_p

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jitmoe import toolchain
 from jitmoe.config import ISAS
 from jitmoe.errors import BuildError
+from jitmoe.jit import toolchain
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 

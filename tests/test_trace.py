@@ -16,12 +16,15 @@ from torch import Tensor
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
 import jitmoe
-from jitmoe import MoELayer, experts, kernels, render, tracing, workspace
-from jitmoe.build import build_instances
+from jitmoe import MoELayer
 from jitmoe.errors import TraceError
-from jitmoe.plan import Shape, plan_kernels
-from jitmoe.trace_cause import AXES, STEPS
-from jitmoe.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record, Report, heat_map
+from jitmoe.experts import call, workspace
+from jitmoe.inspect import tracing
+from jitmoe.inspect.trace_cause import AXES, STEPS
+from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record, Report, heat_map
+from jitmoe.jit import kernels, render
+from jitmoe.jit.build import build_instances
+from jitmoe.plan.shapes import Shape, plan_kernels
 
 RAGGED = case_named("ragged_65")
 NO_LORA = case_named("no_lora")
@@ -286,8 +289,8 @@ def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.Monke
     layer = layer_of(inputs, BEST)
     workspace.arenas.release()  # several may be left of calls that were under way at once, and any may be taken
     plans = []
-    planned = experts.plan_forward
-    monkeypatch.setattr(experts, "plan_forward", lambda *a: plans.append(planned(*a)) or plans[-1])
+    planned = call.plan_forward
+    monkeypatch.setattr(call, "plan_forward", lambda *a: plans.append(planned(*a)) or plans[-1])
     with jitmoe.trace(), torch.no_grad():
         plain = call_layer(layer, inputs).clone()
     last_rows = int((inputs.topk_ids == RAGGED.experts - 1).sum())
@@ -372,8 +375,8 @@ def test_a_kernel_that_reads_stale_scratch_is_named(broken, inputs: Inputs) -> N
 def test_only_a_traced_instance_calls_back(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(inputs, BEST)
     plain = copied(results_of_layer(layer, inputs))
-    fields = experts._fields
-    monkeypatch.setattr(experts, "_fields", lambda *a: fields(*a) | {"observe": 1, "census": 1})
+    fields = call._fields
+    monkeypatch.setattr(call, "_fields", lambda *a: fields(*a) | {"observe": 1, "census": 1})
     monkeypatch.setattr(tracing, "Recorder", None)
     assert different(results_of_layer(layer, inputs), plain) == []
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jitmoe import yardstick
-from jitmoe.reference import LoraTensors
-from jitmoe.yardstick import SMALL_SIZE, Results, results_of_layer, results_of_reference
+from jitmoe.oracle import yardstick
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.yardstick import SMALL_SIZE, Results, results_of_layer, results_of_reference
 
 __all__ = [
     "CASES",

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from jitmoe import cpu, kernels, workspace
-from jitmoe.build import ensure
-from jitmoe.render import read_program
+from jitmoe.experts import workspace
+from jitmoe.jit import cpu, kernels
+from jitmoe.jit.build import ensure
+from jitmoe.jit.render import read_program
 
 READ_BYTES = 5 << 28
 """1.25 GiB: beyond every cache."""

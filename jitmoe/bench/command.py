@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from jitmoe import cpu
 from jitmoe.bench import machine, plot, report
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.contenders import refuse_watching
@@ -21,8 +20,9 @@ from jitmoe.bench.phases import measure_phases, phases_json, phases_table
 from jitmoe.bench.predict import check_table, prediction_table
 from jitmoe.bench.sweep import SWEPT, run_sweep, sweep_json, sweep_table
 from jitmoe.bench.targets import measure_targets, targets_json, targets_table
-from jitmoe.bench.workloads import W6, WORKLOADS, Workload, find_workload
 from jitmoe.errors import BenchError, ConfigError
+from jitmoe.jit import cpu
+from jitmoe.oracle.workloads import W6, WORKLOADS, Workload, find_workload
 
 DEFAULT = ("W1", "W2", "W3")
 DEFAULT_MEMORY = ("W1", "W2", "W4", "W6s")
@@ -35,7 +35,7 @@ SIZES = {
     "lora_rank": "rank",
     "tokens": "tokens",
 }
-"""Option and field of :class:`~jitmoe.bench.workloads.Workload`."""
+"""Option and field of :class:`~jitmoe.oracle.workloads.Workload`."""
 
 
 def run(arguments: Namespace) -> int:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 import jitmoe
 from jitmoe import settings
-from jitmoe.bench.data import Base
-from jitmoe.bench.workloads import Workload
 from jitmoe.errors import BenchError
-from jitmoe.plan import PAIRED_OPERANDS
-from jitmoe.reference import LoraTensors
+from jitmoe.oracle.data import Base
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.workloads import Workload
+from jitmoe.plan.shapes import PAIRED_OPERANDS
 
 
 @dataclass(frozen=True)

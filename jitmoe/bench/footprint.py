@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 import jitmoe
-from jitmoe import kernels
 from jitmoe.bench import machine
 from jitmoe.bench.contenders import check_isa
-from jitmoe.bench.data import Batch, batches
-from jitmoe.bench.workloads import Workload
-from jitmoe.budget import MemoryPlan
-from jitmoe.build import table
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BenchError
-from jitmoe.estimate import available_memory
-from jitmoe.plan import plan_kernels
-from jitmoe.workspace import arenas
+from jitmoe.experts.workspace import arenas
+from jitmoe.jit import kernels
+from jitmoe.memory.budget import MemoryPlan
+from jitmoe.memory.estimate import available_memory
+from jitmoe.oracle.data import Batch, batches
+from jitmoe.oracle.workloads import Workload
+from jitmoe.plan.shapes import plan_kernels
+from jitmoe.text import table
 
 CALLER = ("x", "weights", "topk_ids", "out.grad")
 """Tensors of the plan that the benchmark makes before it starts to measure, so neither figure has them."""

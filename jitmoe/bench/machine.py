@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import jitmoe
-from jitmoe import cpu, toolchain
+from jitmoe.jit import cpu, toolchain
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")

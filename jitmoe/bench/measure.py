@@ -14,15 +14,15 @@ from torch import Tensor
 from jitmoe.bench import machine
 from jitmoe.bench.ceilings import Ceilings, Rates
 from jitmoe.bench.contenders import Contender, check_isa, our_layer
-from jitmoe.bench.data import Base, Batch, batches, make_base, make_lora
 from jitmoe.bench.peers import PEERS, share_memory
 from jitmoe.bench.trace import watch
-from jitmoe.bench.workloads import FORWARD, TRAINING, Work, Workload, work_of
 from jitmoe.errors import BenchError
-from jitmoe.estimate import available_memory
-from jitmoe.plan import Shape
-from jitmoe.reference import LoraTensors
-from jitmoe.workspace import arenas
+from jitmoe.experts.workspace import arenas
+from jitmoe.memory.estimate import available_memory
+from jitmoe.oracle.data import Base, Batch, batches, make_base, make_lora
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.workloads import FORWARD, TRAINING, Work, Workload, work_of
+from jitmoe.plan.shapes import Shape
 
 SEED = 20250
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from jitmoe.bench.contenders import Contender
-from jitmoe.bench.data import Base
-from jitmoe.bench.workloads import Workload
 from jitmoe.errors import BenchError
-from jitmoe.reference import LoraTensors, moe_reference
+from jitmoe.oracle.data import Base
+from jitmoe.oracle.reference import LoraTensors, moe_reference
+from jitmoe.oracle.workloads import Workload
 
 Build = Callable[[Workload, Base, LoraTensors | None, float], Contender]
 """(sizes, weights, adapters, LoRA scale) -> contender; weights and adapters come in the peer's dtype."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from jitmoe.bench.contenders import Contender, check_isa, our_layer
-from jitmoe.bench.data import Batch, batches, make_base, make_lora
 from jitmoe.bench.measure import SEED, call_once
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, ROUTE, watch
-from jitmoe.bench.workloads import PASSES, TRAINING, Work, Workload, work_of
-from jitmoe.build import table
-from jitmoe.kernels import STEPS as STEPS_INSIDE
+from jitmoe.jit.kernels import STEPS as STEPS_INSIDE
+from jitmoe.oracle.data import Batch, batches, make_base, make_lora
+from jitmoe.oracle.workloads import PASSES, TRAINING, Work, Workload, work_of
+from jitmoe.text import table
 
 REST = "torch and autograd"
 STEPS = (ROUTE, PLAN, KERNEL_FORWARD, KERNEL_BACKWARD, REST)
@@ -32,7 +32,7 @@ class Phases:
         workload: sizes.
         isa: instruction set of the kernels.
         seconds: by pass and step; the steps of :data:`STEPS` add up to the call.
-        inside: by pass and step of :data:`jitmoe.kernels.STEPS`, seconds of the kernels' threads divided by their
+        inside: by pass and step of :data:`jitmoe.jit.kernels.STEPS`, seconds of the kernels' threads divided by their
             number; with :data:`WAITS` they add up to the kernels.
         beside: by pass and name, seconds that are part of a step above or were measured apart from the call.
         active: experts touched, of each round.

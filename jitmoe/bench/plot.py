@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from jitmoe.bench.measure import Measurement, Outcome
 from jitmoe.bench.sweep import Sweep
-from jitmoe.bench.workloads import FORWARD, TRAINING
 from jitmoe.errors import BenchError
+from jitmoe.oracle.workloads import FORWARD, TRAINING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

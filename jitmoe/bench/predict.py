@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from jitmoe.bench.measure import Outcome
-from jitmoe.bench.workloads import Workload
-from jitmoe.build import table
-from jitmoe.memory import row_bytes
-from jitmoe.plan import GROUP_BYTES, PAIRED_OPERANDS, ceil_div, plan_kernels
+from jitmoe.oracle.workloads import Workload
+from jitmoe.plan.scratch import row_bytes
+from jitmoe.plan.shapes import GROUP_BYTES, PAIRED_OPERANDS, ceil_div, plan_kernels
+from jitmoe.text import table
 
 TILE = 16
 """Rows of a whole AMX tile."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jitmoe.bench.measure import Measurement, Outcome
-from jitmoe.build import table
-from jitmoe.plan import Shape
+from jitmoe.plan.shapes import Shape
+from jitmoe.text import table
 
 CEILING_NAMES = {
     "fma": "float32 FMA",

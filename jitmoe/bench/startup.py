@@ -14,13 +14,13 @@ import torch
 
 import jitmoe
 from jitmoe.bench.contenders import our_layer
-from jitmoe.bench.data import batches, make_base
-from jitmoe.bench.workloads import Workload
-from jitmoe.build import build_instances
-from jitmoe.cache import Cache
 from jitmoe.errors import BenchError
-from jitmoe.plan import plan_kernels
-from jitmoe.render import render
+from jitmoe.jit.build import build_instances
+from jitmoe.jit.cache import Cache
+from jitmoe.jit.render import render
+from jitmoe.oracle.data import batches, make_base
+from jitmoe.oracle.workloads import Workload
+from jitmoe.plan.shapes import plan_kernels
 
 FEW_EXPERTS = 2
 """Of the layer that a fresh process makes: its kernels are those of the workload, its weights are soon there."""

@@ -8,9 +8,9 @@ import torch
 
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.measure import Options, Outcome, compare
-from jitmoe.bench.workloads import FORWARD, TRAINING, WORKLOADS, Workload
-from jitmoe.build import table
 from jitmoe.errors import BenchError
+from jitmoe.oracle.workloads import FORWARD, TRAINING, WORKLOADS, Workload
+from jitmoe.text import table
 
 SWEPT = replace(WORKLOADS["W2"], name="W2")
 

@@ -16,9 +16,9 @@ from jitmoe.bench.measure import Measurement, Options, Outcome, compare
 from jitmoe.bench.phases import LORA, STEPS, Phases, measure_phases
 from jitmoe.bench.report import outcome_table
 from jitmoe.bench.startup import Startup, measure_startup
-from jitmoe.bench.workloads import FORWARD, TRAINING, W6, find_workload
-from jitmoe.budget import MemoryPlan
-from jitmoe.build import table
+from jitmoe.memory.budget import MemoryPlan
+from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, find_workload
+from jitmoe.text import table
 
 MEASURED = ("W1", "W2", "W3", "W4", "W5", "W2z")
 

@@ -13,18 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe.errors import BenchError
-from jitmoe.kernels import STEPS, Kernels, load
-from jitmoe.plan import Shape
+from jitmoe.jit.kernels import STEPS, Kernels, load
+from jitmoe.plan.shapes import Shape
 
 ROUTE, PLAN = "route", "plan"
 KERNEL_FORWARD, KERNEL_BACKWARD = "kernel forward", "kernel backward"
 
 SEAMS = (
-    ("jitmoe.layer", "route", ROUTE),
-    ("jitmoe.layer", "plan_kernels", PLAN),
-    ("jitmoe.experts", "plan_groups", PLAN),
-    ("jitmoe.experts", "plan_forward", PLAN),
-    ("jitmoe.experts", "plan_backward", PLAN),
+    ("jitmoe.experts.layer", "route", ROUTE),
+    ("jitmoe.experts.layer", "plan_kernels", PLAN),
+    ("jitmoe.experts.call", "plan_groups", PLAN),
+    ("jitmoe.experts.call", "plan_forward", PLAN),
+    ("jitmoe.experts.call", "plan_backward", PLAN),
 )
 """Module, function in it, and the step that its time belongs to."""
 
@@ -34,7 +34,7 @@ class Trace:
     """Seconds by step, kernels that ran, and the largest scratch that was planned.
 
     With ``timed`` the kernels run as timed instances: ``step_seconds`` are thread seconds by
-    :data:`jitmoe.kernels.STEPS`.
+    :data:`jitmoe.jit.kernels.STEPS`.
     """
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -62,7 +62,7 @@ def watch(timed: bool = False) -> Iterator[Trace]:
     Not for timing whole calls: the notes themselves take some microseconds.
     """
     trace = Trace(timed=timed)
-    watched: dict[tuple[str, str], Callable[..., Any]] = {("jitmoe.experts", "load"): _watched_load(trace, load)}
+    watched: dict[tuple[str, str], Callable[..., Any]] = {("jitmoe.experts.call", "load"): _watched_load(trace, load)}
     for module, name, step in SEAMS:
         watched[module, name] = _timed(trace, step, getattr(import_module(module), name))
     with ExitStack() as stack:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitmoe import cache, cpu, plan, render, settings, toolchain
-from jitmoe.build import build, instance_key, table, template_headers
+from jitmoe import settings
 from jitmoe.config import ISAS, LORA_DTYPES, MoEConfig, read_fields
 from jitmoe.errors import ConfigError, JitmoeError
+from jitmoe.jit import cache, cpu, render, toolchain
+from jitmoe.jit.build import build, instance_key, template_headers
+from jitmoe.plan import shapes
+from jitmoe.text import table
 
 OPENMP_PROGRAM = """#include <omp.h>
 extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
@@ -226,7 +229,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    kernel_plan = plan.plan_kernels(config, cpu.resolve_isa(config.requested_isa))
+    kernel_plan = shapes.plan_kernels(config, cpu.resolve_isa(config.requested_isa))
     compiler, headers = toolchain.find_compiler(), template_headers()
     print(f"config    {config}\nisa       {kernel_plan.isa}\ncompiler  {compiler.identity}")
     for shape in kernel_plan.shapes:
@@ -244,14 +247,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from jitmoe.replay import run
+    from jitmoe.inspect.replay import run
 
     return run(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from jitmoe.bench.workloads import find_workload
-    from jitmoe.check import run
+    from jitmoe.inspect.check import run
+    from jitmoe.oracle.workloads import find_workload
 
     sizes_given = arguments.config is not None or any(name in arguments for name in REQUIRED_FIELDS)
     name = arguments.workload or (None if sizes_given else DEFAULT_CHECK)
@@ -263,7 +266,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    from jitmoe.estimate import Load, estimate, read_model
+    from jitmoe.memory.estimate import Load, estimate, read_model
 
     model = None if arguments.model is None else read_model(arguments.model)
     config = _config(arguments, model.fields if model else None)

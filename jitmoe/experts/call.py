@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe import tokens
-from jitmoe.checked import checking
-from jitmoe.kernels import SCRATCH, Kernels, load
-from jitmoe.memory import (
+from jitmoe.experts.workspace import arenas
+from jitmoe.host import tokens
+from jitmoe.host.route import Route
+from jitmoe.inspect.checked import checking
+from jitmoe.jit.kernels import SCRATCH, Kernels, load
+from jitmoe.plan.scratch import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
     CallSize,
@@ -20,9 +22,7 @@ from jitmoe.memory import (
     row_bytes,
     thread_strides,
 )
-from jitmoe.plan import Groups, Shape, plan_groups
-from jitmoe.route import Route
-from jitmoe.workspace import arenas
+from jitmoe.plan.shapes import Groups, Shape, plan_groups
 
 Run = Callable[[Kernels, dict[str, int | float], ScratchPlan], None]
 """Carries out a planned call: the kernels, the fields of their ``Call``, and what lies where in the scratch."""

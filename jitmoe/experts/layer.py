@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from jitmoe import kernels
-from jitmoe.autograd import LORA_NAMES, CallContext, MoEFunction, versions_of
-from jitmoe.budget import check_call, check_layer
-from jitmoe.capture import NEXT_CALL, Call, Capture
 from jitmoe.config import MoEConfig
-from jitmoe.cpu import describe, resolve_isa
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.pack import (
+from jitmoe.experts.ops import LORA_NAMES, CallContext, MoEFunction, versions_of
+from jitmoe.experts.pack import (
     ExpertSource,
     PackedExperts,
     Seal,
@@ -26,9 +22,13 @@ from jitmoe.pack import (
     pack_experts,
     unpack_experts,
 )
-from jitmoe.packed_file import write_packed
-from jitmoe.plan import plan_kernels
-from jitmoe.route import route
+from jitmoe.experts.packed_file import write_packed
+from jitmoe.host.route import route
+from jitmoe.inspect.capture import NEXT_CALL, Call, Capture
+from jitmoe.jit import kernels
+from jitmoe.jit.cpu import describe, resolve_isa
+from jitmoe.memory.budget import check_call, check_layer
+from jitmoe.plan.shapes import plan_kernels
 
 PROJECTIONS = ("gate", "up", "down")
 FLOATS = (torch.float32, torch.bfloat16)
@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
     Args:
         config: sizes and options.
         gate_proj: bfloat16 [E, I, H]; a stacked tensor, a sequence of E matrices, or a function from an
-            expert's number to its matrix (see :data:`~jitmoe.pack.ExpertSource`). Packed expert by expert
+            expert's number to its matrix (see :data:`~jitmoe.experts.pack.ExpertSource`). Packed expert by expert
             into the layer's only copy; the layer keeps no reference to the source.
         up_proj: bfloat16 [E, I, H], likewise.
         down_proj: bfloat16 [E, H, I], likewise.

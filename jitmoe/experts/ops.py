@@ -11,14 +11,15 @@ import numpy.typing as npt
 import torch
 from torch.autograd.function import once_differentiable
 
-from jitmoe import experts, tracing
 from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
-from jitmoe.memory import Saved, saved_tensors
-from jitmoe.pack import version_of
-from jitmoe.plan import Shape
-from jitmoe.route import Route
-from jitmoe.workspace import PAGE, blocks
+from jitmoe.experts import call
+from jitmoe.experts.pack import version_of
+from jitmoe.experts.workspace import PAGE, blocks
+from jitmoe.host.route import Route
+from jitmoe.inspect import tracing
+from jitmoe.plan.scratch import Saved, saved_tensors
+from jitmoe.plan.shapes import Shape
 
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
@@ -40,10 +41,10 @@ class CallContext:
             return ()
         return saved_tensors(self.config.intermediate_size, self.route.row_token.size, self.config.lora_rank)
 
-    def expert_call(self, weights: torch.Tensor, tokens: int) -> experts.ExpertCall:
+    def expert_call(self, weights: torch.Tensor, tokens: int) -> call.ExpertCall:
         """Sizes and routing of the call; [S] routing weights in the order of the rows."""
         by_slot: npt.NDArray[np.float32] = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
-        return experts.ExpertCall(
+        return call.ExpertCall(
             shape=self.shape,
             route=self.route,
             row_weight=by_slot[self.route.row_slot],

@@ -9,11 +9,11 @@ from torch.autograd.graph import increment_version
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
-from jitmoe.experts import usable_threads
-from jitmoe.kernels import Kernels
-from jitmoe.packed_file import map_packed
-from jitmoe.plan import packed_elements
-from jitmoe.workspace import allocate
+from jitmoe.experts.call import usable_threads
+from jitmoe.experts.packed_file import map_packed
+from jitmoe.experts.workspace import allocate
+from jitmoe.jit.kernels import Kernels
+from jitmoe.plan.shapes import packed_elements
 
 ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Tensor]
 """Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of
@@ -29,7 +29,7 @@ class PackedExperts:
 
 
 def open_packed(path: Path, config: MoEConfig, verify: bool) -> dict[str, PackedExperts]:
-    """The experts in a file of packed weights under gate, up and down; see :func:`~jitmoe.packed_file.map_packed`."""
+    """The experts in a file of packed weights under gate, up and down; see :func:`map_packed`."""
     matrices = map_packed(path, config, verify)
     with torch.inference_mode(False):  # as in empty_packed
         return {name: PackedExperts(torch.from_numpy(matrix)) for name, matrix in matrices.items()}

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import PackedFileError
+from jitmoe.experts.workspace import PAGE
 from jitmoe.files import replacing
-from jitmoe.plan import PACKED_LAYOUT, packed_elements, round_up
-from jitmoe.workspace import PAGE
+from jitmoe.plan.shapes import PACKED_LAYOUT, packed_elements, round_up
 
 Matrices = dict[str, npt.NDArray[np.int16]]
 """The packed gate, up and down weights under these names, [E, packed_elements]."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from numba import carray, njit  # type: ignore[attr-defined]
 
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.tokens import compile_callback
+from jitmoe.host.tokens import compile_callback
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def gather_rows(x: np.ndarray, row_token: np.ndarray, column: int, columns: int,
 
     Args:
         x: [T, >= column + columns] uint16 (bfloat16 bits).
-        row_token: [S] int64, within [0, T): :func:`jitmoe.route.route` has checked it, this does not.
+        row_token: [S] int64, within [0, T): :func:`jitmoe.host.route.route` has checked it, this does not.
         column: first column of x to copy.
         columns: number of columns to copy.
         out: [S, >= columns] uint16; columns beyond ``columns`` are left alone.
@@ -60,7 +60,7 @@ def sum_rows(
 
     Args:
         values: [S, >= columns] float32.
-        row_token: [S] int64, within [0, T): :func:`jitmoe.route.route` has checked it, this does not.
+        row_token: [S] int64, within [0, T): :func:`jitmoe.host.route.route` has checked it, this does not.
         row_weight: [S] float32, read only if ``weighted``.
         weighted: multiply by ``row_weight``; else values are added as they are.
         column: first column of out to add to.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitmoe import cpu
 from jitmoe.config import MoEConfig
 from jitmoe.errors import CaptureError, ConfigError
 from jitmoe.files import replacing
-from jitmoe.reference import LoraTensors
+from jitmoe.jit import cpu
+from jitmoe.oracle.reference import LoraTensors
 
 log = logging.getLogger(__name__)
 

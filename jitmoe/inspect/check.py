@@ -10,18 +10,18 @@ from torch import Tensor
 from jitmoe.bench import machine, report
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.contenders import refuse_watching
-from jitmoe.bench.data import batches, make_base, make_lora
 from jitmoe.bench.measure import Options
 from jitmoe.bench.measure import compare as measure
-from jitmoe.bench.workloads import Workload
 from jitmoe.config import MoEConfig
-from jitmoe.cpu import resolve_isa
-from jitmoe.debug import stages
 from jitmoe.errors import ConfigError
-from jitmoe.layer import MoELayer
-from jitmoe.reference import LoraTensors
-from jitmoe.replay import compare, conclusion, read_recording, replay
-from jitmoe.yardstick import Inputs
+from jitmoe.experts.layer import MoELayer
+from jitmoe.inspect.debug import stages
+from jitmoe.inspect.replay import compare, conclusion, read_recording, replay
+from jitmoe.jit.cpu import resolve_isa
+from jitmoe.oracle.data import batches, make_base, make_lora
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.workloads import Workload
+from jitmoe.oracle.yardstick import Inputs
 
 MODES = ("accuracy", "perf", "real_data", "debug")
 SEED = 0

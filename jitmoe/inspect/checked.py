@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe.errors import PlanError
-from jitmoe.kernels import SCRATCH
-from jitmoe.memory import ALIGNMENT, Placed, ScratchPlan
-from jitmoe.plan import Shape
+from jitmoe.jit.kernels import SCRATCH
+from jitmoe.plan.scratch import ALIGNMENT, Placed, ScratchPlan
+from jitmoe.plan.shapes import Shape
 
 LIFE = np.dtype([(name, np.int64) for name in ("offset", "nbytes", "first", "last", "alive")])
 """Mirror of ``Life`` in checked.hpp."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitmoe.layer import MoELayer
-from jitmoe.plan import plan_kernels
-from jitmoe.reference import ExpertSteps, LoraTensors, expert_reference
-from jitmoe.replay import compare
-from jitmoe.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
+from jitmoe.experts.layer import MoELayer
+from jitmoe.inspect.replay import compare
+from jitmoe.oracle.reference import ExpertSteps, LoraTensors, expert_reference
+from jitmoe.oracle.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
+from jitmoe.plan.shapes import plan_kernels
 
 LAST_STEPS = (
     "out", "weights", "down_lora_b", "down_lora_a",

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitmoe import cpu
-from jitmoe.budget import lora_shapes
-from jitmoe.build import table
-from jitmoe.capture import FORMAT
 from jitmoe.config import MoEConfig
 from jitmoe.errors import CaptureError, ConfigError, JitmoeError, TraceError
-from jitmoe.layer import MoELayer
-from jitmoe.reference import LoraTensors
-from jitmoe.trace_report import Report
-from jitmoe.tracing import trace
-from jitmoe.yardstick import (
+from jitmoe.experts.layer import MoELayer
+from jitmoe.inspect.capture import FORMAT
+from jitmoe.inspect.trace_report import Report
+from jitmoe.inspect.tracing import trace
+from jitmoe.jit import cpu
+from jitmoe.memory.budget import lora_shapes
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.yardstick import (
     Inputs,
     Results,
     Verdict,
@@ -35,6 +34,7 @@ from jitmoe.yardstick import (
     results_of_reference,
     title,
 )
+from jitmoe.text import table
 
 LOG_KEYS = {
     "num_experts": "expert_num",

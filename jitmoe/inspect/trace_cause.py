@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe.trace_report import PARAMETER, STEP, Finding, Record, held_before
+from jitmoe.inspect.trace_report import PARAMETER, STEP, Finding, Record, held_before
 
 LARGEST = 3.3895313892515355e38
 """Largest finite bfloat16: what is beyond it is infinite once it is rounded."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe.build import table
 from jitmoe.errors import TraceError
-from jitmoe.scan import Scan
+from jitmoe.host.scan import Scan
+from jitmoe.text import table
 
 STEP, PARAMETER, PADDING, SCRATCH = "step", "parameter", "padding", "scratch"
 """Kinds of records: what a step computed or was given; and as they were before the kernel ran: weights, and the

@@ -8,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe import experts, settings
-from jitmoe.experts import ExpertCall, Run
-from jitmoe.kernels import OBSERVED, Kernels, array_at
-from jitmoe.memory import ITEM_BYTES, ScratchPlan
-from jitmoe.plan import K_STEP, N_STRIP, packed_elements, round_up
-from jitmoe.scan import Scan, empty_records, observe_address, read_record, scan
-from jitmoe.trace_cause import AGAIN, STEPS, Evidence, find_first
-from jitmoe.trace_report import PADDING, PARAMETER, SCRATCH, STEP, CallTrace, Position, Record, Report
+from jitmoe import settings
+from jitmoe.experts import call as experts
+from jitmoe.experts.call import ExpertCall, Run
+from jitmoe.host.scan import Scan, empty_records, observe_address, read_record, scan
+from jitmoe.inspect.trace_cause import AGAIN, STEPS, Evidence, find_first
+from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, CallTrace, Position, Record, Report
+from jitmoe.jit.kernels import OBSERVED, Kernels, array_at
+from jitmoe.plan.scratch import ITEM_BYTES, ScratchPlan
+from jitmoe.plan.shapes import K_STEP, N_STRIP, packed_elements, round_up
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ def trace() -> Iterator[Report]:
 
 
 def forward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
-    """:func:`jitmoe.experts.forward`, traced where somebody wants it."""
+    """:func:`jitmoe.experts.call.forward`, traced where somebody wants it."""
     _carry_out("forward", experts.forward, call, addresses)
 
 
 def backward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
-    """:func:`jitmoe.experts.backward`, traced where somebody wants it."""
+    """:func:`jitmoe.experts.call.backward`, traced where somebody wants it."""
     _carry_out("backward", experts.backward, call, addresses)
 
 
@@ -109,7 +110,7 @@ def _carry_out(
 
 
 class Recorder:
-    """Runs one planned call on a traced kernel; its records are those of :class:`~jitmoe.trace_report.Record`."""
+    """Runs one planned call on a traced kernel; its records are :class:`Record`."""
 
     def __init__(self, pass_name: str, call: ExpertCall) -> None:
         self._pass_name = pass_name
@@ -226,7 +227,7 @@ class Recorder:
             )
 
     def _results(self, fields: Mapping[str, int | float]) -> Iterator[Record]:
-        """What the kernel wrote: sums over experts, and gradients of the parameters."""
+        """What the kernel wrote: sums over call, and gradients of the parameters."""
         tokens, hidden = self._call.tokens, self._call.shape.hidden
         for field, dtype in (("result", np.uint16), ("result_float", np.float32)):
             if field in fields:

@@ -2,25 +2,30 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from jitmoe import cache, cpu, plan, render, settings, toolchain
+from jitmoe import settings
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError
-from jitmoe.plan import Shape
-from jitmoe.render import Instance, Program
-from jitmoe.toolchain import Compiler
+from jitmoe.jit import cache, cpu, render, toolchain
+from jitmoe.jit.render import Instance, Program
+from jitmoe.jit.toolchain import Compiler
+from jitmoe.plan import shapes
+from jitmoe.plan.shapes import Shape
+from jitmoe.text import table
 
 ABI_VERSION = 1
 """Version of the C interface between Python and the kernels; ``kAbiVersion`` in the templates."""
 
 Headers = tuple[tuple[str, bytes], ...]
-"""Name and content of each template header, by name."""
+"""Path below the templates, with slashes, and content of each template header, by path."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,9 @@ def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> Bu
         CacheSecurityError: if somebody else could write into the cache.
     """
     wanted = (configs,) if isinstance(configs, MoEConfig) else tuple(configs)
-    plans = [plan.plan_kernels(config, cpu.resolve_isa(config.requested_isa)) for config in wanted]
-    shapes = dict.fromkeys(shape for kernel_plan in plans for shape in kernel_plan.shapes)
-    return BuildReport(tuple(build_instances([render.render(shape) for shape in shapes], progress)))
+    plans = [shapes.plan_kernels(config, cpu.resolve_isa(config.requested_isa)) for config in wanted]
+    wanted_shapes = dict.fromkeys(shape for kernel_plan in plans for shape in kernel_plan.shapes)
+    return BuildReport(tuple(build_instances([render.render(shape) for shape in wanted_shapes], progress)))
 
 
 def build_instances(
@@ -124,8 +129,15 @@ def ensure(instance: Instance) -> Path:
 
 def template_headers() -> Headers:
     """Every C++ header of the templates: part of each key, and copied beside each instance to compile."""
-    found = (entry for entry in render.template_dir().iterdir() if entry.name.endswith(".hpp"))
-    return tuple(sorted((entry.name, entry.read_bytes()) for entry in found))
+    return tuple(sorted(_headers_in(render.template_dir(), "")))
+
+
+def _headers_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
+    for entry in folder.iterdir():
+        if entry.name.endswith(".hpp"):
+            yield prefix + entry.name, entry.read_bytes()
+        elif entry.is_dir():
+            yield from _headers_in(entry, f"{prefix}{entry.name}/")
 
 
 def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> str:
@@ -140,12 +152,6 @@ def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> st
         # With its length before it, no part can continue into the next.
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _wait(futures: Sequence[Future[KernelReport]], progress: bool) -> None:
@@ -199,14 +205,13 @@ def _compile_into(
     include = folder / "templates"
     include.mkdir()
     for name, content in headers:
+        (include / name).parent.mkdir(exist_ok=True)
         (include / name).write_bytes(content)
     source = folder / cache.SOURCE
     source.write_text(instance.text, encoding="utf-8")
     flags = toolchain.flags(instance.shape.isa, compiler.kind)
     toolchain.compile(compiler, source, folder / cache.LIBRARY, flags, include, timeout, log)
-    for name, _ in headers:
-        (include / name).unlink()
-    include.rmdir()
+    shutil.rmtree(include)
 
 
 def _origin(instance: Instance, compiler: Compiler) -> dict[str, str]:

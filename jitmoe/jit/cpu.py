@@ -35,7 +35,7 @@ Check = Callable[[], str | None]
 
 CHECKS: dict[str, Check] = {}
 """What must succeed beyond CPUID before an instruction set is used, by its name, and "emulator" for the emulator.
-Filled by :mod:`jitmoe.kernels`, which may load libraries; each is cheap to repeat."""
+Filled by :mod:`jitmoe.jit.kernels`, which may load libraries; each is cheap to repeat."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, fields
 
-from jitmoe import kernels
+from jitmoe.jit import kernels
 
 TILE_ROWS = 16
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe import cpu, settings
-from jitmoe.build import ensure
+from jitmoe import settings
 from jitmoe.errors import BuildError, CacheSecurityError, IsaError, KernelError
-from jitmoe.plan import Shape
-from jitmoe.render import read_program, render
+from jitmoe.jit import cpu
+from jitmoe.jit.build import ensure
+from jitmoe.jit.render import read_program, render
+from jitmoe.plan.shapes import Shape
 
 ABI_VERSION = 1
 
@@ -142,7 +143,7 @@ class EmulatorLibrary:
             raise IsaError(f"the emulator {self.path} could not be installed: {os.strerror(status)}")
 
     def read_counts(self) -> list[int]:
-        """The counters in the order of :class:`jitmoe.emulator.Counts`."""
+        """The counters in the order of :class:`jitmoe.jit.emulator.Counts`."""
         counts = self._find("jitmoe_emulator_counts", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
         values = (ctypes.c_uint64 * counts(None, 0))()
         counts(values, len(values))
@@ -172,7 +173,7 @@ def emulator() -> EmulatorLibrary:
 
 
 def _install_emulator() -> str | None:
-    """Check "emulator" of :mod:`jitmoe.cpu`: install the one that ``JITMOE_EMULATE`` asks for."""
+    """Check "emulator" of :mod:`jitmoe.jit.cpu`: install the one that ``JITMOE_EMULATE`` asks for."""
     wanted = settings.get("emulate")
     try:
         (emulator() if wanted == "1" else EmulatorLibrary(Path(wanted))).install()

@@ -7,7 +7,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
 
-from jitmoe.plan import Shape
+from jitmoe.plan.shapes import Shape
 
 INSTANCE_TEMPLATE = "instance.cpp.in"
 
@@ -32,7 +32,7 @@ class Instance:
 @cache
 def template_dir() -> Traversable:
     """Folder of the C++ headers: inside the package when installed, beside it in a checkout."""
-    checkout = Path(__file__).resolve().parent.parent / "templates"
+    checkout = Path(__file__).resolve().parents[2] / "templates"
     if (checkout / INSTANCE_TEMPLATE).is_file():
         return checkout
     return resources.files("jitmoe") / "templates"
@@ -56,4 +56,4 @@ def render(shape: Shape) -> Instance:
 
 def read_program(name: str, isa: str) -> Instance:
     """The program ``name``.cpp of the templates, to be compiled with the flags of ``isa``."""
-    return Instance(Program(name, isa), (template_dir() / f"{name}.cpp").read_text(encoding="utf-8"))
+    return Instance(Program(name, isa), (template_dir() / "tools" / f"{name}.cpp").read_text(encoding="utf-8"))

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from jitmoe import cpu
-from jitmoe.build import table
 from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import BudgetError, ConfigError
-from jitmoe.memory import (
+from jitmoe.jit import cpu
+from jitmoe.plan.scratch import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
     ITEM_BYTES,
@@ -31,7 +30,8 @@ from jitmoe.memory import (
     row_bytes,
     saved_tensors,
 )
-from jitmoe.plan import GROUP_BYTES, KernelPlan, group_limit, packed_elements, plan_kernels, worst_extents
+from jitmoe.plan.shapes import GROUP_BYTES, KernelPlan, group_limit, packed_elements, plan_kernels, worst_extents
+from jitmoe.text import size, table
 
 HeldKind = Literal["packed weight", "parameter", "gradient", "saved", "input", "result", "transient"]
 """What memory outside the arena is for:
@@ -63,7 +63,7 @@ KINDS: tuple[Kind, ...] = (
 class Held:
     """A tensor outside the arena, alive from step ``first`` to step ``last`` of its plan, both included.
 
-    Not a :class:`~jitmoe.memory.Buffer`: it has no offset, and the planner of the arena takes none of these.
+    Not a :class:`~jitmoe.plan.scratch.Buffer`: it has no offset, and the planner of the arena takes none of these.
     """
 
     name: str
@@ -284,16 +284,6 @@ def check_call(kernels: KernelPlan, tokens: int, threads: int, training: bool, x
 def _check_call(kernels: KernelPlan, tokens: int, threads: int, training: bool, x_dtype: str) -> None:
     plan = plan_call(kernels, tokens, threads, training, x_dtype)
     _refuse_over(plan, f"the layer with this call of {tokens} tokens takes")
-
-
-def size(nbytes: int) -> str:
-    """``nbytes`` in the unit that a person would use."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def lora_shapes(config: MoEConfig) -> dict[str, tuple[int, int, int]]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jitmoe.budget import KINDS, MemoryPlan, kernels_of, plan_call, size
-from jitmoe.build import table
 from jitmoe.config import MAX_SIZE, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
-from jitmoe.memory import ITEM_BYTES
-from jitmoe.plan import GROUP_BYTES
+from jitmoe.memory.budget import KINDS, MemoryPlan, kernels_of, plan_call
+from jitmoe.plan.scratch import ITEM_BYTES
+from jitmoe.plan.shapes import GROUP_BYTES
+from jitmoe.text import size, table
 
 ADAM_STATES = 2
 """Tensors that AdamW keeps for each parameter, of its dtype."""
@@ -45,7 +45,7 @@ class Load:
         layers: layers of the model; their forwards are all outstanding when backward begins.
         threads: threads of a call; each has scratch of its own.
         training: with gradients, optimizer and saved tensors; else inference.
-        group_bytes: panels of one group; see :data:`~jitmoe.plan.GROUP_BYTES`.
+        group_bytes: panels of one group; see :data:`~jitmoe.plan.shapes.GROUP_BYTES`.
 
     Raises:
         ConfigError: for numbers that make no call.
@@ -251,7 +251,7 @@ def _every(path: Path, content: Mapping[str, Any], name: str) -> int:
 
 
 def _notes(content: Mapping[str, Any]) -> Iterator[str]:
-    """What these experts have that a :class:`~jitmoe.layer.MoELayer` lacks."""
+    """What these experts have that a :class:`~jitmoe.experts.layer.MoELayer` lacks."""
     activation = content.get("hidden_act") or content.get("hidden_activation") or "silu"
     if content.get("model_type") == "gpt_oss":
         yield "gpt-oss has biases and a clamped activation, which jitmoe does not compute; its biases are not counted"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jitmoe.bench.workloads import Workload
-from jitmoe.reference import LoraTensors
+from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.workloads import Workload
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from jitmoe.reference import LoraTensors, expert_reference
+from jitmoe.oracle.reference import LoraTensors, expert_reference
 
 RMS_LIMIT, MAX_LIMIT = 0.8, 2.5
 SMALL_RMS_LIMIT, SMALL_MAX_LIMIT = 1.5, 3.0
@@ -63,7 +63,7 @@ Errors = dict[str, Tensor]
 
 
 def results_of_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
-    """Results of :func:`~jitmoe.reference.moe_reference` with every floating tensor cast to ``dtype``.
+    """Results of :func:`~jitmoe.oracle.reference.moe_reference` with every floating tensor cast to ``dtype``.
 
     Backward runs expert by expert, the last one first as autograd would: one expert's weights are cast at a time.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jitmoe.errors import PlanError
-from jitmoe.plan import K_STEP, N_STRIP, PAIRED_OPERANDS, PLANS_KEPT, Shape, ceil_div, round_up
+from jitmoe.plan.shapes import K_STEP, N_STRIP, PAIRED_OPERANDS, PLANS_KEPT, Shape, ceil_div, round_up
 
 FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")

@@ -135,7 +135,7 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
 
     ``lora_dtype`` overrides the config's where the parameters were cast after construction.
 
-    With ``JITMOE_CHECKED=1`` they are instances that check their use of scratch, see :mod:`jitmoe.checked`.
+    With ``JITMOE_CHECKED=1`` they are instances that check their use of scratch, see :mod:`jitmoe.inspect.checked`.
 
     Raises:
         ConfigError: if ``config.m_step`` is not a register block of that instruction set.

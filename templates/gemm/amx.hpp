@@ -18,9 +18,9 @@
 // The instruction flushes denormal operands and results to zero. A row's bits do not depend on the rows
 // beside it.
 #pragma once
-#include "amx.hpp"
-#include "gemm_avx512.hpp"
-#include "pair.hpp"
+#include "gemm/avx512.hpp"
+#include "gemm/pair.hpp"
+#include "gemm/tiles.hpp"
 
 namespace jitmoe {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "gemm_f32.hpp"
+#include "gemm/f32.hpp"
 
 namespace jitmoe {
 

@@ -9,8 +9,8 @@
 //
 // The instruction flushes denormal operands and results to zero.
 #pragma once
-#include "gemm_avx512.hpp"
-#include "pair.hpp"
+#include "gemm/avx512.hpp"
+#include "gemm/pair.hpp"
 
 namespace jitmoe {
 

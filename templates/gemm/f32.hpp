@@ -13,7 +13,7 @@
 // Each element is one chain of fused multiply-adds, the LoRA K-step first and then k ascending, in every form
 // below: a row's bits do not depend on the number of rows beside it.
 #pragma once
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
 
 namespace jitmoe {
 

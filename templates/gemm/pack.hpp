@@ -2,7 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
 
 namespace jitmoe {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
 
 namespace jitmoe {
 

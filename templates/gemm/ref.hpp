@@ -1,7 +1,7 @@
 // The scalar back end: obviously right, for any CPU, and the oracle of the others. Row blocks are
 // row-major float32 [m_step, k].
 #pragma once
-#include "gemm.hpp"
+#include "gemm/interface.hpp"
 
 namespace jitmoe {
 

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #ifdef __AMX_BF16__
-#include "amx.hpp"
+#include "gemm/tiles.hpp"
 #endif
 
 namespace {

@@ -20,8 +20,8 @@
 #include <cmath>
 
 #include "bf16.hpp"
-#include "emulator_decode.hpp"
-#include "emulator_registers.hpp"
+#include "tools/emulator_decode.hpp"
+#include "tools/emulator_registers.hpp"
 
 namespace jitmoe::emulator {
 namespace {

@@ -11,8 +11,8 @@
 
 #include <initializer_list>
 
-#include "amx.hpp"
 #include "bf16.hpp"
+#include "gemm/tiles.hpp"
 
 namespace {
 

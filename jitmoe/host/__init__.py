@@ -1,0 +1,1 @@
+"""Numba functions of the host: routing, row movement, scans for what is not finite."""

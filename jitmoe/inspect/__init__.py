@@ -1,0 +1,1 @@
+"""Those who look: tracing, checking, capturing, replaying and judging calls."""
