@@ -182,14 +182,14 @@ def test_no_routing_needs_more_scratch_than_the_plan(routing, skipped, threads):
 @pytest.mark.parametrize("tokens", [1, 48, 1024])
 def test_the_worst_scratch_is_not_far_above_that_of_real_routings(tokens):
     config = MoEConfig(64, 2048, 1408, 6, isa="avx512")
-    shapes = kernels_of(config)
+    planned = kernels_of(config)
     slots, found = 6 * tokens, []
     for heavy in range(0, slots + 1, max(slots // 40, 1)):
         light = slots - heavy
         counts = np.full(63, light // 63) + (np.arange(63) < light % 63)
         counts = np.array([heavy, *counts])
         active = np.flatnonzero(counts)
-        shape = shapes.select(slots, active.size)
+        shape = planned.select(slots, active.size)
         offsets = np.cumsum([0, *counts[active]])
         groups = shapes.plan_groups(active, offsets, shape.m_step, row_bytes(shape, True))
         extent = CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, 8, 2)

@@ -100,13 +100,13 @@ def both(inputs: Inputs, run: Callable[[MoELayer, Inputs], Results], isa: str = 
     """What ``run`` gives on the plain and on the checked instance, which really ran."""
     results = []
     for value, watch in (("", "nothing"), ("1", "memory")):
-        shapes = []
+        loaded = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("JITMOE_CHECKED", value)
-            patch.setattr(call, "load", lambda shape, into=shapes: into.append(shape) or kernels.load(shape))
+            patch.setattr(call, "load", lambda shape, into=loaded: into.append(shape) or kernels.load(shape))
             found = run(layer_of(inputs, isa, **options_of(isa), **options), inputs)
             results.append({name: tensor.clone() for name, tensor in found.items()})
-        assert {shape.watch for shape in shapes} == {watch}
+        assert {shape.watch for shape in loaded} == {watch}
     return results
 
 

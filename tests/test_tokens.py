@@ -175,7 +175,7 @@ def test_an_address_stays() -> None:
 
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     program = (
-        "from jitmoe import tokens\n"
+        "from jitmoe.host import tokens\n"
         "tokens.gather_rows_address(), tokens.sum_rows_address()\n"
         "entries = [(tokens._gather_rows_at, tokens._GATHER_ROWS), (tokens._sum_rows_at, tokens._SUM_ROWS)]\n"
         "print(*(tokens.compile_callback(*entry).cache_hits for entry in entries))\n"
