@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jitmoe.jit.kernels  # noqa: F401  its checks belong to what this machine can execute
 from jitmoe.config import MoEConfig
+from jitmoe.experts import observer
 from jitmoe.experts.workspace import release_memory
 from jitmoe.jit.build import build
 from jitmoe.memory.budget import MemoryPlan
@@ -23,6 +24,16 @@ _LAZY = {
     "trace": "jitmoe.inspect.tracing",
 }
 """Loaded at first use: the command line works, and says so, where torch is missing or slow to load."""
+
+
+class _Watchers:
+    """Those who look, handed to those who compute: :mod:`jitmoe.inspect.watchers`, loaded when a call asks."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("jitmoe.inspect.watchers"), name)
+
+
+observer.hand_over(_Watchers())
 
 
 def __getattr__(name: str) -> Any:

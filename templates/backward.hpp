@@ -1,11 +1,12 @@
-// Backward with a frozen base: gradients of x, of the routing weights and of the six LoRA parameters.
+// Backward with a frozen base, for the rows of one expert; dv is the gradient of v, w the routing weight of the row:
 //
-//   load        out_grad rows                -> v_down = s dout B
-//   act_grad    32 columns of I              -> da, dgate, dup, and the gradients of down A, gate B, up B
-//   low_grads   row blocks                   -> v_gate, v_up = s d B, dweights
-//   x_grad      32 columns of H              -> dx, and the gradients of gate A, up A, down B
-//
-// With recomputation, load, gate_up and low_grads also compute again what forward would have saved.
+//   load        du = s dout B of down; with recomputation x and u of gate and up again
+//   gate_up     gate and up again, only with recomputation                             32 columns of I
+//   act_grad    da = dout W + du A of down;  dgate, dup = w da (act(gate) * up)';      32 columns of I
+//               gradients of down A += w du^T a, gate B += dgate^T u, up B += dup^T u
+//   low_grads   du = s dgate B of gate, s dup B of up;  dw = <da, a>; with recomputation u of down again
+//   x_grad      dx[token] += dgate W + du A of gate, dup W + du A of up                 32 columns of H
+//               gradients of gate A += du^T x, up A += du^T x, down B += w dout^T u
 //
 // LoRA gradients are taken where their strip of 32 columns is at hand: each column belongs to one item,
 // and the rows of an expert are added in order, group after group.
@@ -14,219 +15,103 @@
 
 namespace jitmoe {
 
-enum class BackwardStep { load, gate_up, act_grad, low_grads, x_grad };  // BACKWARD_STEPS in memory.py
+enum class BackwardStep { load, gate_up, act_grad, low_grads, x_grad };  // BACKWARD_STEPS in plan/scratch.py
 
 template <Shape S, class Gemm>
-struct BackwardSteps : ForwardSteps<S, Gemm> {
-  using Base = ForwardSteps<S, Gemm>;
-  using Base::call, Base::group, Base::scratch, Base::kTraced;
+struct Backward : Forward<S, Gemm> {
+  using Base = Forward<S, Gemm>;
+  using Base::call, Base::gate, Base::up, Base::down, Base::group, Base::thread, Base::kTraced;
+  using Base::gather, Base::gather_strip, Base::load_x, Base::make_u, Base::make_du, Base::project_back;
+  using Base::add_a_grad, Base::add_b_grad, Base::add_to_tokens, Base::kActStrips;
+  using Base::strip, Base::rows, Base::saved_u, Base::saved_strip, Base::again_strip;
+  using Base::load_bf16, Base::clear_padding, Base::put, Base::show, Base::width;
 
-  bool recomputes() const { return !call.saved_gate; }
-  bool wants_lora() const { return call.rank && call.gate_lora_a_grad; }
-  bool needs_acts() const {
-    return recomputes() && wants_lora();
-  }  // once more as forward had them, for s a A^T
+  bool recomputes() const { return !call.gate.saved; }
+  bool wants_lora() const { return call.rank && call.gate.a_grad.data; }
+  // Once more as forward had them, for u = s a A^T.
+  bool needs_acts() const { return recomputes() && wants_lora(); }
 
-  bf16* gate_of(const Segment& segment, int64_t strip) const {
-    return recomputes() ? group_strip(call.group_gate, segment, strip)
-                        : this->saved_strip(call.saved_gate, strip, call.rows, segment.row);
-  }
-  bf16* up_of(const Segment& segment, int64_t strip) const {
-    return recomputes() ? group_strip(call.group_up, segment, strip)
-                        : this->saved_strip(call.saved_up, strip, call.rows, segment.row);
-  }
-  bf16* group_strip(bf16* saved, const Segment& segment, int64_t strip) const {
-    return this->saved_strip(saved, strip, group.rows, segment.row - group.first_row);
-  }
-  void announce_group_strip(Access access, bf16* Call::* buffer, const Segment& segment,
-                            int64_t strip) const {
-    announce<S>(call, access, buffer, group_strip(call.*buffer, segment, strip),
-                segment.rows * kStrip * sizeof(bf16));
-  }
-  // s v A^T of some rows: what forward saved, or what this pass computed again.
-  const float* in_rows(float* saved, float* again, int64_t row) const {
-    return recomputes() ? this->low_rows(again, row) : this->saved_rows(saved, row);
-  }
+  // u of some rows: what forward saved, or what this pass computed again.
   template <class Item>
-  void announce_in_rows(Access access, float* Call::* buffer, const Item& item) const {
-    if (recomputes()) this->announce_low_rows(access, buffer, item);
+  const float* u_rows(const Projection& of, const Item& item) const {
+    return recomputes() ? rows(Access::read, of.u_rows, item, call.rank) : saved_u(of, item);
   }
-
-  // One row of parts for each row of the item.
-  template <class Item>
-  void announce_dot_parts(Access access, const Item& item) const {
-    const int64_t strips = ceil_div(S.intermediate, kStrip);
-    announce<S>(call, access, &Call::dot_parts, call.dot_parts + (item.row - group.first_row) * strips,
-                item.rows * strips * sizeof(float));
+  // Gate or up of a strip, likewise.
+  const bf16* value(const Projection& of, const Segment& segment, int64_t index) const {
+    return recomputes() ? again_strip(Access::read, of, segment, index) : saved_strip(of, segment, index);
   }
 
   void load(const Block& block) const {
-    auto* out_block = this->panel(call.out_panel, block.index, S.hidden);
-    this->announce_panel(Access::write, &Call::out_panel, block, S.hidden);
-    this->gather_block(call.out_grad, block, out_block);
-    if constexpr (kTraced)
-      observe_rows<S>(call, Observed::dout, block, scratch.rows, round_up(S.hidden, kKStep));
-    if (call.rank) {
-      this->announce_low(Access::write, &Call::down_low, block);
-      this->announce_low_rows(Access::write, &Call::down_low_rows, block);
-      const Lap<S> lap(scratch, Step::low_rank);
-      low_rank_block<S, Gemm>(out_block, block.rows, S.hidden,
-                              this->down_b(block.segment->expert).along_rows(), call.rank, this->scale(),
-                              this->low(call.down_low, block.index),
-                              this->low_rows(call.down_low_rows, block.row), call.row_weight + block.row);
-      if constexpr (kTraced)
-        observe_low<S>(call, Observed::down_du, block, this->low(call.down_low, block.index));
-    }
-    if (recomputes()) {
-      this->announce_panel(Access::write, &Call::x_panel, block, S.hidden);
-      this->announce_low_rows(Access::write, &Call::gate_in_rows, block);
-      this->announce_low_rows(Access::write, &Call::up_in_rows, block);
-      this->load_x(block, this->low_rows(call.gate_in_rows, block.row),
-                   this->low_rows(call.up_in_rows, block.row));
-    } else if constexpr (kTraced) {
-      if (wants_lora()) observe_saved(block);
+    gather(Tensor::dout, call.out_grad, block, call.out_panel);
+    make_du(down, call.out_panel, block, call.row_weight + block.row);
+    if (recomputes())
+      load_x(block, rows(Access::write, call.gate.u_rows, block, call.rank),
+             rows(Access::write, call.up.u_rows, block, call.rank));
+    else if constexpr (kTraced) {
+      if (wants_lora()) observe_saved<S>(call, block, thread.rows);
     }
   }
 
-  // What the gradients of LoRA read of forward without computing it again.
-  void observe_saved(const Block& block) const {
-    constexpr int64_t stride = round_up(S.hidden, kKStep);
-    call.gather_rows(call.x, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, scratch.rows,
-                     stride);
-    observe_rows<S>(call, Observed::x, block, scratch.rows, stride);
-    const Piece piece{block.row, block.rows, 0, call.rank, call.rank, 1};
-    const int64_t expert = block.segment->expert;
-    observe(call, Observed::gate_u, expert, piece, this->saved_rows(call.saved_gate_u, block.row));
-    observe(call, Observed::up_u, expert, piece, this->saved_rows(call.saved_up_u, block.row));
-    observe(call, Observed::down_u, expert, piece, this->saved_rows(call.saved_down_u, block.row));
+  void recompute(const Segment& segment, int64_t index) const {
+    this->gate_up(segment, index, again_strip(Access::write, call.gate, segment, index),
+                  again_strip(Access::write, call.up, segment, index), needs_acts());
   }
 
-  void recompute(const Segment& segment, int64_t strip) const {
-    announce_group_strip(Access::write, &Call::group_gate, segment, strip);
-    announce_group_strip(Access::write, &Call::group_up, segment, strip);
-    this->gate_up(segment, strip, gate_of(segment, strip), up_of(segment, strip),
-                  needs_acts() ? call.act_panel : nullptr);
+  void act_grad(const Segment& segment, int64_t index) const {
+    float* das = strip(0, segment);
+    float* acts = strip(1, segment);
+    float* gates = strip(2, segment);
+    float* ups = strip(3, segment);
+    project_back(down, call.out_panel, segment, index, down.column(segment.expert, index + 1), false, das);
+    Gemm::settle(das, segment.rows);
+    show(Tensor::dact, segment, index, S.intermediate, das);
+    through_activation(segment, index, das, acts, gates, ups);
+    if (!wants_lora()) return;
+    const float* du = rows(Access::read, call.down.du_rows, segment, call.rank);
+    const float* gate_u = u_rows(call.gate, segment);
+    const float* up_u = u_rows(call.up, segment);
+    const Lap<S> lap(thread.clocks, Phase::lora_grads);
+    add_a_grad(down, du, segment, index, acts);
+    add_b_grad(gate, gate_u, segment, index, gates);
+    add_b_grad(up, up_u, segment, index, ups);
   }
 
-  void act_grad(const Segment& segment, int64_t strip) const {
-    this->announce_panel(Access::read, &Call::out_panel, segment, S.hidden);
-    this->announce_low(Access::read, &Call::down_low, segment);
-    this->announce_product(segment, 4);
-    const int64_t column = strip * kStrip;
-    const int64_t columns = smaller(kStrip, S.intermediate - column);
-    float* out = scratch.strip(0, segment.rows);
-    down_product(segment, strip, out);
-    if constexpr (kTraced) observe_strip(call, Observed::dact, segment, strip, S.intermediate, out);
-    through_activation(segment, strip, column, columns, out);
-    if (wants_lora()) add_intermediate_grads(segment, column, columns);
-  }
-
-  // out = [out_grad | s out_grad B] . [W_down ; A] for 32 columns of I.
-  void down_product(const Segment& segment, int64_t strip, float* out) const {
-    const Start start =
-        start_of_a(segment, call.down_low, this->down_a(segment.expert), strip, S.intermediate);
-    const Lap<S> lap(scratch, Step::act_grad);
-    const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
-    const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
-    Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights,
-                   start, out, scratch.weights);
-    Gemm::settle(out, segment.rows);
-  }
-
-  // The LoRA K-step of 32 columns of a product with A [r, width].
-  Start start_of_a(const Segment& segment, float* low_panel, typename Base::Lora a, int64_t strip,
-                   int64_t width) const {
-    return this->start_of(segment, low_panel, [&](float* lora) {
-      load_columns<S, Gemm>(a, call.rank, strip * kStrip, smaller(kStrip, width - strip * kStrip), lora);
-    });
-  }
-
-  // Strips 1, 2, 3 become a, dgate and dup, which also go into their panels.
-  void through_activation(const Segment& segment, int64_t strip, int64_t column, int64_t columns,
-                          float* out) const {
-    announce_activation(segment, strip);
-    const Lap<S> lap(scratch, Step::activation);
-    float* acts = scratch.strip(1, segment.rows);
-    float* gates = scratch.strip(2, segment.rows);
-    float* ups = scratch.strip(3, segment.rows);
-    load_bf16(gate_of(segment, strip), segment.rows, columns, gates);
-    load_bf16(up_of(segment, strip), segment.rows, columns, ups);
-    if constexpr (kTraced)
-      if (!recomputes()) {
-        observe_strip(call, Observed::gate, segment, strip, S.intermediate, gates);
-        observe_strip(call, Observed::up, segment, strip, S.intermediate, ups);
-      }
-    clear_padding(out, segment.rows, columns);
-    const int64_t strips = ceil_div(S.intermediate, kStrip);
+  // From da: a, dgate and dup, of which the latter also go into their panels, and a part of dw.
+  void through_activation(const Segment& segment, int64_t index, float* das, float* acts, float* gates,
+                          float* ups) const {
+    const int64_t columns = width(S.intermediate, index);
+    const bf16* gate_values = value(call.gate, segment, index);
+    const bf16* up_values = value(call.up, segment, index);
+    float* parts = rows(Access::write, call.dot_parts, segment, kActStrips);
+    const Lap<S> lap(thread.clocks, Phase::activation);
+    load_bf16(gate_values, segment.rows, columns, gates);
+    load_bf16(up_values, segment.rows, columns, ups);
+    if (!recomputes()) {
+      show(Tensor::gate, segment, index, S.intermediate, gates);
+      show(Tensor::up, segment, index, S.intermediate, ups);
+    }
+    clear_padding(das, segment.rows, columns);
     for (int64_t row = 0; row < segment.rows; ++row) {
       const int64_t at = row * kStrip;
-      activation_grad(call.row_weight[segment.row + row], out + at, acts + at, gates + at, ups + at);
-      call.dot_parts[(segment.row + row - group.first_row) * strips + strip] = tree_sum<kStrip>(out + at);
+      activation_grad(call.row_weight[segment.row + row], das + at, acts + at, gates + at, ups + at);
+      parts[row * kActStrips + index] = tree_sum<kStrip>(das + at);
     }
-    if constexpr (kTraced) {
-      if (!needs_acts()) observe_strip(call, Observed::act, segment, strip, S.intermediate, acts);
-      observe_strip(call, Observed::dgate, segment, strip, S.intermediate, gates);
-      observe_strip(call, Observed::dup, segment, strip, S.intermediate, ups);
-    }
-    this->store_panel(gates, segment, column, columns, call.gate_panel);
-    this->store_panel(ups, segment, column, columns, call.up_panel);
-  }
-
-  void announce_activation(const Segment& segment, int64_t strip) const {
-    if (recomputes()) {
-      announce_group_strip(Access::read, &Call::group_gate, segment, strip);
-      announce_group_strip(Access::read, &Call::group_up, segment, strip);
-    }
-    announce_dot_parts(Access::write, segment);
-    this->announce_panel(Access::write, &Call::gate_panel, segment, S.intermediate);
-    this->announce_panel(Access::write, &Call::up_panel, segment, S.intermediate);
-  }
-
-  // Gradients of the three parameters that have I as an axis.
-  void add_intermediate_grads(const Segment& segment, int64_t column, int64_t columns) const {
-    this->announce_low_rows(Access::read, &Call::down_low_rows, segment);
-    announce_in_rows(Access::read, &Call::gate_in_rows, segment);
-    announce_in_rows(Access::read, &Call::up_in_rows, segment);
-    const Lap<S> lap(scratch, Step::lora_grads);
-    const int64_t rows = segment.rows;
-    const auto place = [&](float* grad) {
-      return grad_strip(grad, segment, S.intermediate, column, columns);
-    };
-    add_a_grad<Gemm>(this->low_rows(call.down_low_rows, segment.row), rows, call.rank, scratch.strip(1, rows),
-                     place(call.down_lora_a_grad), scratch.lora);
-    add_b_grad<Gemm>(in_rows(call.saved_gate_u, call.gate_in_rows, segment.row), rows, call.rank,
-                     scratch.strip(2, rows), place(call.gate_lora_b_grad), scratch.lora);
-    add_b_grad<Gemm>(in_rows(call.saved_up_u, call.up_in_rows, segment.row), rows, call.rank,
-                     scratch.strip(3, rows), place(call.up_lora_b_grad), scratch.lora);
-  }
-
-  // 32 columns of the axis of length `width` in the gradient of one expert.
-  GradStrip grad_strip(float* grad, const Segment& segment, int64_t width, int64_t column,
-                       int64_t columns) const {
-    const bool first = &segment == call.segments || (&segment)[-1].expert != segment.expert;
-    return {grad + segment.expert * call.rank * width, column, columns, width, first};
-  }
-
-  // The reverse of store_bf16, with zeros beyond the edge of the matrix.
-  static void load_bf16(const bf16* saved, int64_t rows, int64_t columns, float* strip) {
-    for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = to_float(saved[i]);
-    clear_padding(strip, rows, columns);
-  }
-
-  static void clear_padding(float* strip, int64_t rows, int64_t columns) {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = columns; c < kStrip; ++c) strip[row * kStrip + c] = 0.0f;
+    if (!needs_acts()) show(Tensor::act, segment, index, S.intermediate, acts);
+    show(Tensor::dgate, segment, index, S.intermediate, gates);
+    show(Tensor::dup, segment, index, S.intermediate, ups);
+    put(gates, segment, index, call.gate.grad_panel);
+    put(ups, segment, index, call.up.grad_panel);
   }
 
   // One row of 32 columns, in place: da, gate and up become da * a, dgate and dup; a is written beside them.
-  static void activation_grad(float weight, float* out, float* acts, float* gates, float* ups) {
+  static void activation_grad(float weight, float* das, float* acts, float* gates, float* ups) {
 #pragma omp simd
     for (int64_t c = 0; c < kStrip; ++c) {
       const Activation result = activate(gates[c], ups[c]);
       const float a = round_to_bf16(result.a);
-      gates[c] = weight * out[c] * result.by_gate;
-      ups[c] = weight * out[c] * result.by_up;
-      out[c] = out[c] * a;
+      gates[c] = weight * das[c] * result.by_gate;
+      ups[c] = weight * das[c] * result.by_up;
+      das[c] = das[c] * a;
       acts[c] = a;
     }
   }
@@ -240,148 +125,66 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   }
 
   void low_grads(const Block& block) const {
-    announce_dot_parts(Access::read, block);
-    const Lap<S> lap(scratch, Step::low_rank);
-    const int64_t expert = block.segment->expert;
-    const int64_t strips = ceil_div(S.intermediate, kStrip);
-    for (int64_t row = block.row; row < block.row + block.rows; ++row) {
-      const float* parts = call.dot_parts + (row - group.first_row) * strips;
+    add_dot_parts(block);
+    make_du(gate, call.gate.grad_panel, block, nullptr);
+    make_du(up, call.up.grad_panel, block, nullptr);
+    if (needs_acts())
+      make_u(down, call.act_panel, block, rows(Access::write, call.down.u_rows, block, call.rank));
+  }
+
+  void add_dot_parts(const Block& block) const {
+    const float* parts = rows(Access::read, call.dot_parts, block, kActStrips);
+    const Lap<S> lap(thread.clocks, Phase::low_rank);
+    for (int64_t row = 0; row < block.rows; ++row, parts += kActStrips) {
       float sum = 0;
-      for (int64_t strip = 0; strip < strips; ++strip) sum += parts[strip];
-      call.weights_grad[call.row_slot[row]] = sum;
-    }
-    if (!call.rank) return;
-    announce_low_grads(block);
-    low_rank_block<S, Gemm>(this->panel(call.gate_panel, block.index, S.intermediate), block.rows,
-                            S.intermediate, this->gate_b(expert).along_rows(), call.rank, this->scale(),
-                            this->low(call.gate_low, block.index),
-                            this->low_rows(call.gate_low_rows, block.row), nullptr);
-    low_rank_block<S, Gemm>(this->panel(call.up_panel, block.index, S.intermediate), block.rows,
-                            S.intermediate, this->up_b(expert).along_rows(), call.rank, this->scale(),
-                            this->low(call.up_low, block.index), this->low_rows(call.up_low_rows, block.row),
-                            nullptr);
-    if constexpr (kTraced) {
-      observe_low<S>(call, Observed::gate_du, block, this->low(call.gate_low, block.index));
-      observe_low<S>(call, Observed::up_du, block, this->low(call.up_low, block.index));
-    }
-    if (needs_acts()) {
-      low_rank_block<S, Gemm>(this->panel(call.act_panel, block.index, S.intermediate), block.rows,
-                              S.intermediate, this->down_a(expert).along_columns(), call.rank, this->scale(),
-                              this->low(call.down_low, block.index),
-                              this->low_rows(call.down_in_rows, block.row), nullptr);
-      if constexpr (kTraced)
-        observe_low<S>(call, Observed::down_u, block, this->low(call.down_low, block.index));
+      for (int64_t strip = 0; strip < kActStrips; ++strip) sum += parts[strip];
+      call.weights_grad[call.row_slot[block.row + row]] = sum;
     }
   }
 
-  void announce_low_grads(const Block& block) const {
-    this->announce_panel(Access::read, &Call::gate_panel, block, S.intermediate);
-    this->announce_panel(Access::read, &Call::up_panel, block, S.intermediate);
-    this->announce_low(Access::write, &Call::gate_low, block);
-    this->announce_low(Access::write, &Call::up_low, block);
-    this->announce_low_rows(Access::write, &Call::gate_low_rows, block);
-    this->announce_low_rows(Access::write, &Call::up_low_rows, block);
-    if (needs_acts()) {
-      this->announce_panel(Access::read, &Call::act_panel, block, S.intermediate);
-      this->announce_low(Access::write, &Call::down_low, block);
-      this->announce_low_rows(Access::write, &Call::down_in_rows, block);
-    }
-  }
-
-  void x_grad(const Segment& segment, const Next& next, int64_t strip) const {
-    const int64_t column = strip * kStrip;
-    const int64_t columns = smaller(kStrip, S.hidden - column);
-    this->announce_product(segment, 2);
+  void x_grad(const Segment& segment, const Following& following, int64_t index) const {
     if (call.sums) {
-      announce_x_grad(segment);
-      float* sum = scratch.strip(0, segment.rows);
-      gate_up_product(segment, next, strip, sum);
-      if constexpr (kTraced) observe_strip(call, Observed::dx, segment, strip, S.hidden, sum);
-      this->add_to_tokens(segment, strip, sum, 0);
+      float* dx = strip(0, segment);
+      project_back(gate, call.gate.grad_panel, segment, index, up.column(segment.expert, index), false, dx);
+      project_back(up, call.up.grad_panel, segment, index, gate.column(following.expert, following.strip), true,
+                   dx);
+      Gemm::settle(dx, segment.rows);
+      show(Tensor::dx, segment, index, S.hidden, dx);
+      add_to_tokens(segment, index, dx, false);
     }
-    if (wants_lora()) add_hidden_grads(segment, column, columns);
-  }
-
-  void announce_x_grad(const Segment& segment) const {
-    this->announce_panel(Access::read, &Call::gate_panel, segment, S.intermediate);
-    this->announce_panel(Access::read, &Call::up_panel, segment, S.intermediate);
-    this->announce_low(Access::read, &Call::gate_low, segment);
-    this->announce_low(Access::read, &Call::up_low, segment);
-  }
-
-  // sum = [dgate | s dgate B] . [W_gate ; A] and the same of up, for 32 columns of H.
-  void gate_up_product(const Segment& segment, const Next& next, int64_t strip, float* sum) const {
-    const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
-    const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
-    const bf16* following = this->gate_strip(next.expert, 0) + next.strip * kBlockElements;
-    Start start = start_of_a(segment, call.gate_low, this->gate_a(segment.expert), strip, S.hidden);
-    multiply_back(segment, call.gate_panel, gate, up, start, sum);
-    start = start_of_a(segment, call.up_low, this->up_a(segment.expert), strip, S.hidden);
-    start.zero = false;
-    multiply_back(segment, call.up_panel, up, following, start, sum);
-    const Lap<S> lap(scratch, Step::x_grad);
-    Gemm::settle(sum, segment.rows);
-  }
-
-  void multiply_back(const Segment& segment, void* panel, const bf16* blocks, const bf16* next,
-                     const Start& start, float* sum) const {
-    const Lap<S> lap(scratch, Step::x_grad);
-    const Weights weights{blocks, next, packed_elements(kStrip, S.hidden)};
-    Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights,
-                   start, sum, scratch.weights);
+    if (wants_lora()) add_hidden_grads(segment, index);
   }
 
   // Gradients of the three parameters that have H as an axis.
-  void add_hidden_grads(const Segment& segment, int64_t column, int64_t columns) const {
-    this->announce_low_rows(Access::read, &Call::gate_low_rows, segment);
-    this->announce_low_rows(Access::read, &Call::up_low_rows, segment);
-    announce_in_rows(Access::read, &Call::down_in_rows, segment);
-    const Lap<S> lap(scratch, Step::lora_grads);
-    float* values = scratch.strip(1, segment.rows);
-    const auto place = [&](float* grad) { return grad_strip(grad, segment, S.hidden, column, columns); };
+  void add_hidden_grads(const Segment& segment, int64_t index) const {
+    const int64_t column = index * kStrip, columns = width(S.hidden, index);
+    const float* gate_du = rows(Access::read, call.gate.du_rows, segment, call.rank);
+    const float* up_du = rows(Access::read, call.up.du_rows, segment, call.rank);
+    const float* down_u = u_rows(call.down, segment);
+    float* values = strip(1, segment);
+    const Lap<S> lap(thread.clocks, Phase::lora_grads);
     gather_strip(call.x, nullptr, segment, column, columns, values);
-    add_a_grad<Gemm>(this->low_rows(call.gate_low_rows, segment.row), segment.rows, call.rank, values,
-                     place(call.gate_lora_a_grad), scratch.lora);
-    add_a_grad<Gemm>(this->low_rows(call.up_low_rows, segment.row), segment.rows, call.rank, values,
-                     place(call.up_lora_a_grad), scratch.lora);
+    add_a_grad(gate, gate_du, segment, index, values);
+    add_a_grad(up, up_du, segment, index, values);
     gather_strip(call.out_grad, call.row_weight + segment.row, segment, column, columns, values);
-    add_b_grad<Gemm>(in_rows(call.saved_down_u, call.down_in_rows, segment.row), segment.rows, call.rank,
-                     values, place(call.down_lora_b_grad), scratch.lora);
-  }
-
-  // 32 columns of the tokens of a segment as float32, times their weights where there are any.
-  void gather_strip(const bf16* tokens, const float* weights, const Segment& segment, int64_t column,
-                    int64_t columns, float* strip) const {
-    announce<S>(call, Access::write, &Call::thread_rows, scratch.rows, segment.rows * kStrip * sizeof(bf16));
-    call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns,
-                     scratch.rows, kStrip);
-    for (int64_t row = 0; row < segment.rows; ++row) {
-      const float weight = weights ? weights[row] : 1.0f;
-      for (int64_t c = 0; c < kStrip; ++c)
-        strip[row * kStrip + c] = weight * to_float(scratch.rows[row * kStrip + c]);
-    }
-    clear_padding(strip, segment.rows, columns);
+    add_b_grad(down, down_u, segment, index, values);
   }
 };
 
 template <Shape S, class Gemm>
-void backward_group(const Call& call, const Group& group, const ThreadScratch& scratch) {
-  const BackwardSteps<S, Gemm> steps{{call, group, scratch}};
-  enter_step<S>(call, BackwardStep::load);
-  for_each_block<S>(group, [&](const Block& block) { steps.load(block); });
-  enter_step<S>(call, BackwardStep::gate_up);
-  if (steps.recomputes())
-    for_each_segment_strip(group, S.intermediate,
-                           [&](const Segment& segment, int64_t strip) { steps.recompute(segment, strip); });
-  enter_step<S>(call, BackwardStep::act_grad);
-  for_each_segment_strip(group, S.intermediate,
-                         [&](const Segment& segment, int64_t strip) { steps.act_grad(segment, strip); });
-  enter_step<S>(call, BackwardStep::low_grads);
-  for_each_block<S>(group, [&](const Block& block) { steps.low_grads(block); });
-  enter_step<S>(call, BackwardStep::x_grad);
-  for_each_strip(group, S.hidden, [&](const Segment& segment, const Next& next, int64_t strip) {
-    steps.x_grad(segment, next, strip);
-  });
+void backward_group(const Call& call, const Group& group, const Thread& thread) {
+  const Backward<S, Gemm> pass{{{call, group, thread}}};
+  for_each_block<S>(call, group, BackwardStep::load, [&](const Block& block) { pass.load(block); });
+  if (pass.recomputes())
+    for_each_segment_strip<S>(call, group, S.intermediate, BackwardStep::gate_up,
+                              [&](const Segment& segment, int64_t strip) { pass.recompute(segment, strip); });
+  for_each_segment_strip<S>(call, group, S.intermediate, BackwardStep::act_grad,
+                            [&](const Segment& segment, int64_t strip) { pass.act_grad(segment, strip); });
+  for_each_block<S>(call, group, BackwardStep::low_grads, [&](const Block& block) { pass.low_grads(block); });
+  for_each_strip<S>(call, group, S.hidden, BackwardStep::x_grad,
+                    [&](const Segment& segment, const Following& following, int64_t strip) {
+                      pass.x_grad(segment, following, strip);
+                    });
 }
 
 }  // namespace jitmoe

@@ -1,5 +1,5 @@
-// What the phases of forward and backward share: the walk over segments, row blocks and strips inside one
-// OpenMP region, and the scratch of the calling thread.
+// The walk over segments, row blocks and strips inside one OpenMP region. Each loop is a step of its pass: it begins by
+// telling a checked instance so, and ends in a barrier.
 #pragma once
 #include <omp.h>
 #ifdef __SSE2__
@@ -9,6 +9,7 @@
 #include "call.hpp"
 #include "gemm/interface.hpp"
 #include "watch/checked.hpp"
+#include "watch/timed.hpp"
 
 namespace jitmoe {
 
@@ -44,9 +45,10 @@ inline Block block_of(const Group& group, int64_t index, int64_t m_step) {
   return {segment, index, segment->row + blocks.begin(b), blocks.size(b)};
 }
 
-// Work is handed out dynamically: who computes an item never changes its bits. Each loop ends in a barrier.
-template <Shape S, class F>
-void for_each_block(const Group& group, F&& f) {
+// Work is handed out dynamically: who computes an item never changes its bits.
+template <Shape S, class AnyStep, class F>
+void for_each_block(const Call& call, const Group& group, AnyStep step, F&& f) {
+  enter_step<S>(call, step);
 #pragma omp for schedule(dynamic)
   for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
 }
@@ -54,37 +56,39 @@ void for_each_block(const Group& group, F&& f) {
 // Strips in a row for one thread, so that what it prefetches is its own.
 inline constexpr int kNeighbours = 4;
 
-template <class F>
-void for_each_segment_strip(const Group& group, int64_t columns, F&& f) {
+template <Shape S, class AnyStep, class F>
+void for_each_segment_strip(const Call& call, const Group& group, int64_t columns, AnyStep step, F&& f) {
   const int64_t strips = ceil_div(columns, kStrip);
+  enter_step<S>(call, step);
 #pragma omp for schedule(dynamic, kNeighbours)
   for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
 }
 
-// Where this thread goes after an item: what it may prefetch.
-struct Next {
+// The strip of weights that this thread reads after an item, to be prefetched.
+struct Following {
   int64_t expert;
   int64_t strip;
 };
 
-// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, next,
+// A strip of token sums belongs to one thread, which walks the experts in ascending order: f(segment, following,
 // strip). Several strips at a time, so that the panel of an expert is read from L2 by all but the first of
 // them; few enough that every thread has some.
-template <class F>
-void for_each_strip(const Group& group, int64_t columns, F&& f) {
+template <Shape S, class AnyStep, class F>
+void for_each_strip(const Call& call, const Group& group, int64_t columns, AnyStep step, F&& f) {
   constexpr int64_t kMost = 8;
   const int64_t strips = ceil_div(columns, kStrip);
   const int64_t share = strips / (4 * omp_get_num_threads());
-  const int64_t step = share < 1 ? 1 : smaller(share, kMost);
+  const int64_t width = share < 1 ? 1 : smaller(share, kMost);
+  enter_step<S>(call, step);
 #pragma omp for schedule(dynamic)
-  for (int64_t first = 0; first < strips; first += step) {
-    const int64_t end = smaller(first + step, strips);
+  for (int64_t first = 0; first < strips; first += width) {
+    const int64_t end = smaller(first + width, strips);
     for (int64_t s = 0; s < group.count; ++s)
       for (int64_t strip = first; strip < end; ++strip) {
-        const int64_t following = group.segments[smaller(s + 1, group.count - 1)].expert;
+        const int64_t expert = group.segments[s].expert;
+        const int64_t next_expert = group.segments[smaller(s + 1, group.count - 1)].expert;
         const bool last = strip + 1 == end;
-        f(group.segments[s], Next{last ? following : group.segments[s].expert, last ? first : strip + 1},
-          strip);
+        f(group.segments[s], last ? Following{next_expert, first} : Following{expert, strip + 1}, strip);
       }
   }
 }
@@ -102,88 +106,43 @@ struct FloatMode {
 #endif
 };
 
-// What a timed instance measures; kernels.py has the names in the same order.
-enum class Step {
-  gather,
-  pack,
-  low_rank,
-  gate_up,
-  activation,
-  down,
-  combine,
-  act_grad,
-  x_grad,
-  lora_grads,
-  sums,
-  count
-};
-
 // This thread's part of the per-thread buffers, and its clocks.
-struct ThreadScratch {
+struct Thread {
   float* weights;
   float* strips;
   bf16* rows;
   float* lora;
-  explicit ThreadScratch(const Call& call)
-      : weights(part(call.thread_weights, call.weights_stride)),
-        strips(part(call.thread_strips, call.strips_stride)),
-        rows(part(call.thread_rows, call.rows_stride)),
-        lora(part(call.thread_lora, call.lora_stride)) {}
-  mutable double seconds[static_cast<int>(Step::count)] = {};
-  float* strip(int64_t index, int64_t rows) const { return strips + index * rows * kStrip; }
+  explicit Thread(const Call& call)
+      : weights(part(call.thread_weights)),
+        strips(part(call.thread_strips)),
+        rows(part(call.thread_rows)),
+        lora(part(call.thread_lora)) {}
+  mutable Clocks clocks;
 
  private:
   template <class T>
-  static T* part(T* base, int64_t stride) {
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(base) + omp_get_thread_num() * stride);
+  static T* part(const PerThread<T>& buffer) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(buffer.data) + omp_get_thread_num() * buffer.stride);
   }
 };
-
-// Adds the time until the end of its scope to a step of this thread. Scopes of different steps do not nest.
-template <Shape S>
-class Lap {
- public:
-  Lap(const ThreadScratch& scratch, Step step) : seconds_(scratch.seconds[static_cast<int>(step)]) {
-    if constexpr (S.watch == Watch::time) start_ = omp_get_wtime();
-  }
-  ~Lap() {
-    if constexpr (S.watch == Watch::time) seconds_ += omp_get_wtime() - start_;
-  }
-  Lap(const Lap&) = delete;
-  Lap& operator=(const Lap&) = delete;
-
- private:
-  double& seconds_;
-  double start_ = 0;
-};
-
-template <Shape S>
-void report_laps(const Call& call, const ThreadScratch& scratch) {
-  if constexpr (S.watch == Watch::time) {
-#pragma omp critical
-    for (int step = 0; step < static_cast<int>(Step::count); ++step)
-      call.step_seconds[step] += scratch.seconds[step];
-  }
-}
 
 // Token sums lie strip by strip: rows of the full width H would, at a power of two, all fall into the
 // same sets of the L1 cache.
-inline float* sums_of(const Call& call, int64_t strip) { return call.sums + strip * call.tokens * kStrip; }
-
 template <Shape S>
-void announce_sums(const Call& call, Access access, int64_t strip) {
-  announce<S>(call, access, &Call::sums, sums_of(call, strip), call.tokens * kStrip * sizeof(float));
+float* sums_of(const Call& call, Access access, int64_t strip) {
+  const int64_t count = call.tokens * kStrip;
+  return touch<S>(call, access, call.sums, call.sums + strip * count, count * sizeof(float));
 }
 
 // No barrier: the steps before the first addition end in some. A call without rows has no such steps, and a checked
 // one changes the lives of buffers at the first of them.
 template <Shape S>
-void clear_sums(const Call& call, const ThreadScratch& scratch) {
-  const Lap<S> lap(scratch, Step::sums);
+void clear_sums(const Call& call, const Thread& thread) {
+  const Lap<S> lap(thread.clocks, Phase::sums);
 #pragma omp for schedule(static) nowait
   for (int64_t strip = 0; strip < ceil_div(S.hidden, kStrip); ++strip) {
-    announce_sums<S>(call, Access::write, strip);
-    for (int64_t i = 0; i < call.tokens * kStrip; ++i) sums_of(call, strip)[i] = 0.0f;
+    float* sums = sums_of<S>(call, Access::write, strip);
+    for (int64_t i = 0; i < call.tokens * kStrip; ++i) sums[i] = 0.0f;
   }
   if (!call.groups || S.watch == Watch::memory) {
 #pragma omp barrier
@@ -192,13 +151,13 @@ void clear_sums(const Call& call, const ThreadScratch& scratch) {
 
 // The one rounding of the sums into the result.
 template <Shape S>
-void write_result(const Call& call, const ThreadScratch& scratch) {
-  const Lap<S> lap(scratch, Step::sums);
+void write_result(const Call& call, const Thread& thread) {
+  const Lap<S> lap(thread.clocks, Phase::sums);
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < call.tokens; ++token)
     for (int64_t column = 0; column < S.hidden; column += kStrip) {
-      const float* sums = sums_of(call, column / kStrip) + token * kStrip;
-      announce<S>(call, Access::read, &Call::sums, sums, kStrip * sizeof(float));
+      const float* sums = call.sums + (column / kStrip * call.tokens + token) * kStrip;
+      sums = touch<S>(call, Access::read, call.sums, sums, kStrip * sizeof(float));
       const int64_t columns = smaller(kStrip, S.hidden - column);
       const int64_t at = token * S.hidden + column;
       for (int64_t c = 0; c < columns; ++c) {
@@ -215,13 +174,13 @@ void run(const Call& call, F&& run_group) {
   {
     [[maybe_unused]] const FloatMode mode;
     [[maybe_unused]] const ThreadState<Gemm> state;
-    const ThreadScratch scratch(call);
+    const Thread thread(call);
     enter_call<S>(call);
-    if (call.sums) clear_sums<S>(call, scratch);
-    for (int64_t g = 0; g < call.groups; ++g) run_group(call, group_of(call, g, S.m_step), scratch);
-    if (call.sums) write_result<S>(call, scratch);
+    if (call.sums) clear_sums<S>(call, thread);
+    for (int64_t g = 0; g < call.groups; ++g) run_group(call, group_of(call, g, S.m_step), thread);
+    if (call.sums) write_result<S>(call, thread);
     leave_call<S>(call);
-    report_laps<S>(call, scratch);
+    report_clocks<S>(call, thread.clocks);
   }
 }
 

@@ -1,7 +1,6 @@
 """What every test file shares: the kernel cache of the test run, golden files, the ``isa`` marker."""
 
 import difflib
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jitmoe.experts import call
 from jitmoe.jit import cpu, toolchain
-from jitmoe.plan import scratch
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -59,13 +56,6 @@ def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     location = tmp_path / "kernels"
     monkeypatch.setenv("JITMOE_CACHE_DIR", str(location))
     return location
-
-
-@pytest.fixture
-def plans_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan every call anew: for tests that change the planner under it."""
-    for owner, name in itertools.product((scratch, call), ("plan_forward", "plan_backward")):
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from yardstick import CASES, Case, Inputs, Results
 
 from jitmoe import MoEConfig, MoELayer, build
 from jitmoe.config import ISAS
+from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.jit import cpu
-from jitmoe.plan.shapes import M_STEPS, Groups, Shape, plan_groups
+from jitmoe.plan.shapes import M_STEPS, Shape
 
 EMULATED = ("amx",)
 """Instruction sets that the tests run in an emulator of their own, not here."""
@@ -48,16 +50,24 @@ def any_shape(isa: str | None = None) -> Shape:
     return Shape(isa, 64, 96, 32, M_STEPS[isa][-1], lora_bf16=False)
 
 
-def cut_groups(monkeypatch: pytest.MonkeyPatch, group_bytes: int) -> list[Groups]:
-    """Calls cut their rows into groups of ``group_bytes`` from now on; they add them to the list, one a pass."""
-    found: list[Groups] = []
+class Launches(Observer):
+    """Every pass that runs while it observes, in the order of the calls."""
 
-    def cut(*arguments: Any) -> Groups:
-        found.append(plan_groups(*arguments, group_bytes=group_bytes))
-        return found[-1]
+    def __init__(self) -> None:
+        self.seen: list[Launch] = []
 
-    monkeypatch.setattr("jitmoe.experts.call.plan_groups", cut)
-    return found
+    @contextmanager
+    def around(self, launch: Launch) -> Iterator[None]:
+        self.seen.append(launch)
+        yield
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """The passes that run inside the block."""
+    watcher = Launches()
+    with observing(watcher):
+        yield watcher.seen
 
 
 def config_of(case: Case, isa: str, **options: Any) -> MoEConfig:

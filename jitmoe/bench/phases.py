@@ -1,6 +1,7 @@
 """Where the time of a call of our layer goes: around the kernels, and step by step inside timed instances of them."""
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,15 @@ import torch
 
 from jitmoe.bench.contenders import Contender, check_isa, our_layer
 from jitmoe.bench.measure import SEED, call_once
-from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, ROUTE, watch
-from jitmoe.jit.kernels import STEPS as STEPS_INSIDE
+from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, watch
+from jitmoe.host.route import route
+from jitmoe.jit.abi import PHASES
 from jitmoe.oracle.data import Batch, batches, make_base, make_lora
 from jitmoe.oracle.workloads import PASSES, TRAINING, Work, Workload, work_of
 from jitmoe.text import table
 
 REST = "torch and autograd"
+ROUTE = "route"
 STEPS = (ROUTE, PLAN, KERNEL_FORWARD, KERNEL_BACKWARD, REST)
 LORA = "LoRA, against a layer without"
 WAITS = "waiting at barriers"
@@ -32,7 +35,7 @@ class Phases:
         workload: sizes.
         isa: instruction set of the kernels.
         seconds: by pass and step; the steps of :data:`STEPS` add up to the call.
-        inside: by pass and step of :data:`jitmoe.jit.kernels.STEPS`, seconds of the kernels' threads divided by their
+        inside: by pass and phase of :data:`jitmoe.jit.abi.PHASES`, seconds of the kernels' threads divided by their
             number; with :data:`WAITS` they add up to the kernels.
         beside: by pass and name, seconds that are part of a step above or were measured apart from the call.
         active: experts touched, of each round.
@@ -111,13 +114,22 @@ def _note_call(phases: Phases, layer: Contender, batch: Batch, pass_name: str) -
     with watch(timed=True) as trace:
         total, _ = call_once(layer, batch, pass_name == TRAINING)
     check_isa(phases.isa, trace.kernel_isa())
-    known = {step: trace.seconds[step] for step in STEPS if step != REST}
+    known = {ROUTE: _route_seconds(phases.workload, batch)}
+    known |= {step: trace.seconds[step] for step in STEPS if step not in (ROUTE, REST)}
     for step, seconds in (known | {REST: total - sum(known.values())}).items():
         phases.seconds[pass_name][step].append(seconds)
-    inside = dict(zip(STEPS_INSIDE, trace.step_seconds / torch.get_num_threads(), strict=True))
+    inside = dict(zip(PHASES, trace.phase_seconds / torch.get_num_threads(), strict=True))
     waits = trace.seconds[KERNEL_FORWARD] + trace.seconds[KERNEL_BACKWARD] - sum(inside.values())
     for step, seconds in (inside | {WAITS: waits}).items():
         phases.inside[pass_name][step].append(float(seconds))
+
+
+def _route_seconds(workload: Workload, batch: Batch) -> float:
+    """Of the routing of a call, once more by itself: backward has none."""
+    ids = batch.topk_ids.numpy()
+    start = time.perf_counter()
+    route(ids, workload.experts)
+    return time.perf_counter() - start
 
 
 def _note_lora(phases: Phases, layer: Contender, bare: Contender, batch: Batch, pass_name: str) -> None:

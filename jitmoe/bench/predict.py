@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, fields
 
 from jitmoe.bench.measure import Outcome
 from jitmoe.oracle.workloads import Workload
+from jitmoe.plan.groups import GROUP_BYTES
 from jitmoe.plan.scratch import row_bytes
-from jitmoe.plan.shapes import GROUP_BYTES, PAIRED_OPERANDS, ceil_div, plan_kernels
+from jitmoe.plan.shapes import PAIRED_OPERANDS, ceil_div, plan_kernels
 from jitmoe.text import table
 
 TILE = 16

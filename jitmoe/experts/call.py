@@ -1,142 +1,121 @@
-"""One call of the experts: routed rows in, token sums out. Plans scratch, fills the call, runs the kernel."""
+"""One call of the experts: plans its scratch, fills the record of the kernels, and runs them."""
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe.experts.workspace import arenas
-from jitmoe.host import tokens
+from jitmoe.experts import observer
+from jitmoe.experts.observer import Launch, PassName
+from jitmoe.experts.supplies import supplies
 from jitmoe.host.route import Route
-from jitmoe.inspect.checked import checking
-from jitmoe.jit.kernels import SCRATCH, Kernels, load
-from jitmoe.plan.scratch import (
-    BACKWARD_STEPS,
-    FORWARD_STEPS,
-    CallSize,
-    ScratchPlan,
-    plan_backward,
-    plan_forward,
-    row_bytes,
-    thread_strides,
-)
-from jitmoe.plan.shapes import Groups, Shape, plan_groups
-
-Run = Callable[[Kernels, dict[str, int | float], ScratchPlan], None]
-"""Carries out a planned call: the kernels, the fields of their ``Call``, and what lies where in the scratch."""
+from jitmoe.jit import abi
+from jitmoe.plan.groups import Groups, plan_groups
+from jitmoe.plan.scratch import Saved, row_bytes, saved_tensors
+from jitmoe.plan.shapes import Shape
+from jitmoe.process import usable_threads
 
 
-@dataclass(frozen=True)
-class ExpertCall:
-    """What forward and backward of one call share.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What forward and backward of one call share; the one record of it.
 
     Attributes:
         shape: the kernel instance.
         route: rows sorted by expert.
-        row_weight: [S] float32 routing weight of each row.
         tokens: T.
+        top_k: K.
+        num_experts: E.
         rank: LoRA rank.
         scale: LoRA scale s.
-        threads: threads to use.
+        saves: whether forward saves gate, up and the low-rank products for backward.
+        base: packed weights by name of the projection. Any object that the layer holds them in.
+        versions: those of ``base`` in forward.
     """
 
     shape: Shape
     route: Route
-    row_weight: npt.NDArray[np.float32]
     tokens: int
+    top_k: int
+    num_experts: int
     rank: int
     scale: float
-    threads: int
+    saves: bool
+    base: Mapping[str, Any]
+    versions: tuple[int, ...]
 
-    def size(self, groups: Groups) -> CallSize:
-        """Extents of the scratch of this call, cut into ``groups``."""
-        return CallSize(
-            self.tokens, groups.rows, groups.blocks, groups.segment_rows, self.rank, usable_threads(self.threads)
-        )
+    @property
+    def rows(self) -> int:
+        """S, slots that are kept."""
+        return self.route.row_token.size
+
+    def saved(self) -> tuple[Saved, ...]:
+        """What forward leaves for backward beside its inputs."""
+        return saved_tensors(self.shape.intermediate, self.rows, self.rank) if self.saves else ()
 
 
-def forward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = None) -> None:
-    """Forward of the experts.
+def run(
+    pass_name: PassName, call: Call, row_weight: npt.NDArray[np.float32], tensors: Mapping[str, int], threads: int
+) -> None:
+    """Run one pass on the kernels.
 
     Args:
+        pass_name: "forward" or "backward".
         call: routing and sizes.
-        addresses: of the tensors by their name in ``Call``; ``result`` where out is bfloat16, ``result_float``
-            where it is float32; ``saved_gate`` and ``saved_up`` where backward will want them.
-        run: instead of just running the kernel.
+        row_weight: [S] float32 routing weight of each row.
+        tensors: addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`. ``result`` where out, or the
+            gradient of x, is bfloat16, ``result_float`` where it is float32; ``gate.saved`` and so on where forward
+            saves, or has saved. The gradient of the routing weights is zero before backward; those of LoRA are left
+            alone for experts without rows.
+        threads: to use; results do not depend on it.
+
+    Raises:
+        KernelError: a name that the kernels do not know.
+        PlanError: two live buffers of scratch would share addresses.
+        MemoryError: there is no memory for the scratch.
     """
-    groups = _groups(call, training=False)
-    size = call.size(groups)
-    plan = plan_forward(call.shape, size)
-    strides = thread_strides(call.shape, size, strips=2)
-    with arenas.lease(plan.nbytes) as base, checking(call.shape, plan, base, FORWARD_STEPS) as checks:
-        fields = _fields(call, groups, plan, base) | strides | dict(addresses) | checks
-        (run or _run_forward)(load(call.shape), fields, plan)
+    watcher = observer.current()
+    shape = call.shape
+    if watcher is not None:
+        watcher.planning()
+        shape = replace(shape, watch=watcher.watch)
+        threads = watcher.threads or threads
+    threads = usable_threads(threads)
+    training = pass_name == "backward"
+    groups = plan_groups(
+        call.route.active, call.route.offsets, shape.m_step, row_bytes(shape, training), supplies().group_bytes
+    )
+    extents = groups.extents(call.tokens, call.rank, threads)
+    if training:
+        wants_x = not tensors.keys().isdisjoint({"result", "result_float"})
+        plan = supplies().plan_backward(shape, extents, wants_x, "gate.saved" not in tensors)
+    else:
+        plan = supplies().plan_forward(shape, extents)
+    kernels = supplies().load(shape)
+    with supplies().arenas.lease(plan.nbytes) as arena:
+        record = abi.record({**plan.fields(arena), **_routing(call, groups, row_weight, threads), **tensors})
+        launch = Launch(pass_name, shape, kernels, record, plan, arena, call.route, row_weight, call.top_k)
+        with nullcontext() if watcher is None else watcher.around(launch):
+            kernels.run(pass_name, record)
 
 
-def backward(call: ExpertCall, addresses: Mapping[str, int], run: Run | None = None) -> None:
-    """Backward of the experts; arguments as for :func:`forward`.
-
-    The gradient of the routing weights is zero before the call; those of LoRA are left alone for experts without rows.
-    """
-    groups = _groups(call, training=True)
-    size = call.size(groups)
-    wants_x = not addresses.keys().isdisjoint({"result", "result_float"})
-    plan = plan_backward(call.shape, size, x_grad=wants_x, recompute="saved_gate" not in addresses)
-    strides = thread_strides(call.shape, size, strips=4)
-    with arenas.lease(plan.nbytes) as base, checking(call.shape, plan, base, BACKWARD_STEPS) as checks:
-        fields = _fields(call, groups, plan, base) | strides | dict(addresses) | checks
-        (run or _run_backward)(load(call.shape), fields, plan)
-
-
-def _run_forward(kernels: Kernels, fields: dict[str, int | float], _: ScratchPlan) -> None:
-    kernels.forward(fields)
-
-
-def _run_backward(kernels: Kernels, fields: dict[str, int | float], _: ScratchPlan) -> None:
-    kernels.backward(fields)
-
-
-def _groups(call: ExpertCall, training: bool) -> Groups:
-    route = call.route
-    return plan_groups(route.active, route.offsets, call.shape.m_step, row_bytes(call.shape, training))
-
-
-def _fields(call: ExpertCall, groups: Groups, plan: ScratchPlan, base: int) -> dict[str, int | float]:
-    scratch = {name: base + offset for name, offset in plan.offsets().items()}
-    assert scratch.keys() <= set(SCRATCH)
+def _routing(call: Call, groups: Groups, row_weight: npt.NDArray[np.float32], threads: int) -> dict[str, int | float]:
+    """The fields of the routing and the numbers of the call. The arrays stay with ``call`` and ``groups``."""
     return {
-        **scratch,
         "row_token": call.route.row_token.ctypes.data,
         "row_slot": call.route.row_slot.ctypes.data,
-        "row_weight": call.row_weight.ctypes.data,
+        "row_weight": row_weight.ctypes.data,
         "segments": groups.segments.ctypes.data,
         "group_segments": groups.bounds.ctypes.data,
         "groups": len(groups.bounds) - 1,
         "tokens": call.tokens,
-        "rows": call.route.row_token.size,
+        "rows": call.rows,
         "rank": call.rank,
-        "threads": usable_threads(call.threads),
+        "threads": threads,
         "scale": call.scale,
-        "gather_rows": tokens.gather_rows_address(),
-        "sum_rows": tokens.sum_rows_address(),
+        "gather_rows": supplies().gather_rows(),
+        "sum_rows": supplies().sum_rows(),
     }
-
-
-class _Fork:
-    """Whether this process is a forked child: its parent's OpenMP threads do not exist here."""
-
-    happened = False
-
-
-def _forked() -> None:
-    _Fork.happened = True
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
-def usable_threads(threads: int) -> int:
-    """``threads``, or 1 in a forked child, where a second OpenMP thread would wait for ever."""
-    return 1 if _Fork.happened else threads

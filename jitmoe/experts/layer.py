@@ -11,7 +11,9 @@ from torch import nn
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.experts.ops import LORA_NAMES, CallContext, MoEFunction, versions_of
+from jitmoe.experts import observer
+from jitmoe.experts.call import Call
+from jitmoe.experts.ops import MoEFunction, versions_of
 from jitmoe.experts.pack import (
     ExpertSource,
     PackedExperts,
@@ -24,22 +26,16 @@ from jitmoe.experts.pack import (
 )
 from jitmoe.experts.packed_file import write_packed
 from jitmoe.host.route import route
-from jitmoe.inspect.capture import NEXT_CALL, Call, Capture
 from jitmoe.jit import kernels
 from jitmoe.jit.cpu import describe, resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
+from jitmoe.plan.projections import NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
-PROJECTIONS = ("gate", "up", "down")
 FLOATS = (torch.float32, torch.bfloat16)
 
-
-def _compute_alone() -> None:
-    torch.set_num_threads(1)
-
-
-# A forked child has none of its parent's OpenMP threads, and torch's own functions wait for them for ever.
-os.register_at_fork(after_in_child=_compute_alone)
+NEXT_CALL, ON_NONFINITE = "next_call", "on_nonfinite"
+"""What :meth:`MoELayer.capture` writes."""
 
 
 class MoELayer(nn.Module):
@@ -79,16 +75,13 @@ class MoELayer(nn.Module):
         self.isa = resolve_isa(config.requested_isa)
         check_layer(config)
         self._seal = Seal()
-        self._capture: Capture | None = None
-        for name, source in zip(PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True):
-            packed = source.tensor if isinstance(source, PackedExperts) else self._pack(name, source)
-            self.register_buffer(f"packed_{name}", packed, persistent=False)
-            self._seal.close(name, packed)
-        if config.lora_rank:
-            for name in LORA_NAMES:
-                shape = self._lora_shape(name)
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
-            self.reset_lora_parameters()
+        for projection, source in zip(self._projections, (gate_proj, up_proj, down_proj), strict=True):
+            packed = source.tensor if isinstance(source, PackedExperts) else self._pack(projection, source)
+            self.register_buffer(f"packed_{projection.name}", packed, persistent=False)
+            self._seal.close(projection.name, packed)
+        for name, shape in self._lora_shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
+        self.reset_lora_parameters()
 
     @classmethod
     def from_packed(cls, config: MoEConfig, path: str | os.PathLike[str], verify: bool = True) -> "MoELayer":
@@ -109,7 +102,7 @@ class MoELayer(nn.Module):
             PackedFileError: no such file, of another layout version or other sizes, or damaged.
         """
         experts = open_packed(Path(path), config, verify)
-        return cls(config, *(experts[name] for name in PROJECTIONS))
+        return cls(config, *experts.values())
 
     def save_packed(self, path: str | os.PathLike[str]) -> None:
         """Write the packed base weights, without LoRA, to a file for :meth:`from_packed`.
@@ -126,7 +119,7 @@ class MoELayer(nn.Module):
     def reset_lora_parameters(self) -> None:
         """A uniform as in PEFT (Kaiming with a = sqrt 5: bound 1 / sqrt(in)), B zero: the layer equals its base."""
         with torch.no_grad():
-            for name in LORA_NAMES:
+            for name in self._lora_shapes:
                 parameter = getattr(self, name)
                 if name.endswith("_a"):
                     bound = 1.0 / math.sqrt(parameter.shape[-1])
@@ -160,15 +153,12 @@ class MoELayer(nn.Module):
             if tensor.shape[:-1] != lead:
                 raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
         lora = self._lora()
-        context = self._context(topk_ids.reshape(-1, top_k), x, weights, lora)
+        call = self._call(topk_ids.reshape(-1, top_k), x, weights, lora)
         rows, row_weights = x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k)
-        out: torch.Tensor = MoEFunction.apply(context, rows, row_weights, *lora)  # type: ignore[no-untyped-call]
-        if self._capture is not None and not self._capture.finished:
-            ids = topk_ids.reshape(-1, top_k)
-            self._capture.watch(Call(self.config, self.isa, self.unpack, rows, ids, row_weights, lora, out))
+        out: torch.Tensor = MoEFunction.apply(call, rows, row_weights, *lora)  # type: ignore[no-untyped-call]
         return out.reshape(x.shape)
 
-    def capture(self, path: str | os.PathLike[str], capture: str = NEXT_CALL) -> None:
+    def capture(self, path: str | os.PathLike[str], when: str = NEXT_CALL) -> None:
         """Write a call to a file that ``jitmoe replay`` computes again, here or elsewhere.
 
         The file holds config, versions, base weights of the experts that were chosen, LoRA, inputs and results, and
@@ -176,14 +166,14 @@ class MoELayer(nn.Module):
 
         Args:
             path: the file; the second one of ``"on_nonfinite"`` is called ``name-2.ext``, and so on.
-            capture: "next_call" writes the next call; "on_nonfinite" each one, up to 8, with a NaN or an infinity in
+            when: "next_call" writes the next call; "on_nonfinite" each one, up to 8, with a NaN or an infinity in
                 its result or a gradient.
 
         Raises:
             CaptureError: ``path`` cannot be written; now, or in the call that would be captured.
-            ConfigError: an unknown value of ``capture``.
+            ConfigError: an unknown value of ``when``.
         """
-        self._capture = Capture(Path(path), capture)
+        observer.watchers().capture(self, Path(path), when)
 
     def unpack(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """Canonical copies of the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I].
@@ -191,8 +181,8 @@ class MoELayer(nn.Module):
         With ``experts`` of these alone, in this order.
         """
         return {
-            f"{name}_proj": unpack_experts(self._any_kernels(), packed, *self._extent(name), experts)
-            for name, packed in self._packed().items()
+            projection.base_name: unpack_experts(self._any_kernels(), packed, projection.out, projection.in_, experts)
+            for projection, packed in zip(self._projections, self._packed().values(), strict=True)
         }
 
     def extra_repr(self) -> str:
@@ -203,39 +193,44 @@ class MoELayer(nn.Module):
             f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
         )
 
-    def _context(
-        self, topk_ids: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]
-    ) -> CallContext:
-        packed = self._sealed()
-        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
+    def _call(self, topk_ids: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]) -> Call:
+        config, base, tokens = self.config, self._sealed(), topk_ids.shape[0]
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
         lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
-        plan = plan_kernels(self.config, self.isa, lora_dtype)
-        check_call(plan, topk_ids.shape[0], torch.get_num_threads(), saves, str(x.dtype).removeprefix("torch."))
-        routed = route(topk_ids.contiguous().numpy(), self.config.num_experts, self.config.allow_skip)
-        shape = plan.select(routed.row_token.size, routed.active.size)
-        return CallContext(self.config, shape, routed, packed, versions_of(packed), saves)
+        plan = plan_kernels(config, self.isa, lora_dtype)
+        check_call(plan, tokens, torch.get_num_threads(), trains, str(x.dtype).removeprefix("torch."))
+        routed = route(topk_ids.contiguous().numpy(), config.num_experts, config.allow_skip)
+        return Call(
+            shape=plan.select(routed.row_token.size, routed.active.size),
+            route=routed,
+            tokens=tokens,
+            top_k=config.top_k,
+            num_experts=config.num_experts,
+            rank=config.lora_rank,
+            scale=config.lora_scale,
+            saves=trains and not config.recompute,
+            base=base,
+            versions=versions_of(base),
+        )
 
     def _lora(self) -> list[torch.Tensor]:
-        """The LoRA parameters as dense tensors, checked: they may have been cast or moved since."""
-        if not self.config.lora_rank:
-            return []
-        lora = [getattr(self, name) for name in LORA_NAMES]
-        for name, tensor in zip(LORA_NAMES, lora, strict=True):
+        """The LoRA parameters, checked: they may have been cast or moved since."""
+        shapes = self._lora_shapes
+        lora = [getattr(self, name) for name in shapes]
+        for (name, shape), tensor in zip(shapes.items(), lora, strict=True):
             if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
                 raise InputTypeError(
                     f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
                 )
-            if tensor.device.type != "cpu" or tuple(tensor.shape) != self._lora_shape(name):
+            if tensor.device.type != "cpu" or tensor.layout != torch.strided or tuple(tensor.shape) != shape:
                 raise InputError(
-                    f"{name} must be a CPU tensor of shape {list(self._lora_shape(name))}, "
-                    f"got {list(tensor.shape)} on {tensor.device}"
+                    f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
                 )
-        return [tensor.contiguous() for tensor in lora]
+        return [tensor.resolve_neg() for tensor in lora]
 
-    def _pack(self, name: str, source: ExpertSource) -> torch.Tensor:
-        out, in_ = self._extent(name)
-        packed = empty_packed(self.config.num_experts, out, in_)
-        pack_experts(self._any_kernels(), f"{name}_proj", source, packed, out, in_)
+    def _pack(self, projection: Projection, source: ExpertSource) -> torch.Tensor:
+        packed = empty_packed(self.config.num_experts, projection.out, projection.in_)
+        pack_experts(self._any_kernels(), projection.base_name, source, packed, projection.out, projection.in_)
         return packed
 
     def _sealed(self) -> dict[str, torch.Tensor]:
@@ -246,7 +241,7 @@ class MoELayer(nn.Module):
         return packed
 
     def _packed(self) -> dict[str, torch.Tensor]:
-        packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in PROJECTIONS}
+        packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in NAMES}
         for name, tensor in packed.items():
             if tensor.device.type != "cpu":
                 raise InputError(
@@ -258,15 +253,14 @@ class MoELayer(nn.Module):
         """Some instance: packing is the same in all of them."""
         return kernels.load(plan_kernels(self.config, self.isa).shapes[-1])
 
-    def _extent(self, projection: str) -> tuple[int, int]:
-        """(out, in) of a projection."""
-        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
-        return (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+    @property
+    def _projections(self) -> tuple[Projection, Projection, Projection]:
+        return projections(self.config.hidden_size, self.config.intermediate_size)
 
-    def _lora_shape(self, name: str) -> tuple[int, int, int]:
-        out, in_ = self._extent(name.split("_")[0])
-        rank = self.config.lora_rank
-        return (self.config.num_experts, rank, in_) if name.endswith("_a") else (self.config.num_experts, out, rank)
+    @property
+    def _lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        config = self.config
+        return lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, config.lora_rank)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -276,21 +270,21 @@ class MoELayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        bases = {prefix + f"{name}_proj": name for name in PROJECTIONS}
+        bases = {prefix + projection.base_name: projection for projection in self._projections}
         rest = {key: value for key, value in state_dict.items() if key not in bases}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in bases if strict and key not in state_dict)
-        present = {key: name for key, name in bases.items() if key in state_dict}
+        present = {key: projection for key, projection in bases.items() if key in state_dict}
         try:
-            for key, name in present.items():
-                check_base(key, state_dict[key], (self.config.num_experts, *self._extent(name)))
+            for key, projection in present.items():
+                check_base(key, state_dict[key], (self.config.num_experts, projection.out, projection.in_))
         except (InputError, InputTypeError) as error:
             error_msgs.append(str(error))
             return
-        for key, name in present.items():
-            packed = self._packed()[name]
-            pack_experts(self._any_kernels(), key, state_dict[key], packed, *self._extent(name))
-            self._seal.close(name, packed)
+        for key, projection in present.items():
+            packed = self._packed()[projection.name]
+            pack_experts(self._any_kernels(), key, state_dict[key], packed, projection.out, projection.in_)
+            self._seal.close(projection.name, packed)
 
 
 def _check(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], last: int) -> None:

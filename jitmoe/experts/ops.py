@@ -1,9 +1,8 @@
 """The experts as one differentiable torch function."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,53 +10,20 @@ import numpy.typing as npt
 import torch
 from torch.autograd.function import once_differentiable
 
-from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
-from jitmoe.experts import call
+from jitmoe.experts import call as calls
+from jitmoe.experts.call import Call
 from jitmoe.experts.pack import version_of
-from jitmoe.experts.workspace import PAGE, blocks
-from jitmoe.host.route import Route
-from jitmoe.inspect import tracing
-from jitmoe.plan.scratch import Saved, saved_tensors
-from jitmoe.plan.shapes import Shape
+from jitmoe.experts.supplies import supplies
+from jitmoe.plan.projections import LORA_NAMES
 
-LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+Fields = dict[str, int]
+"""Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
 
 
-@dataclass(frozen=True)
-class CallContext:
-    """What one call needs beside its differentiable inputs; ``versions`` are those of ``packed`` in forward."""
-
-    config: MoEConfig
-    shape: Shape
-    route: Route
-    packed: dict[str, torch.Tensor]
-    versions: tuple[int, ...]
-    saves: bool
-
-    def saved_tensors(self) -> tuple[Saved, ...]:
-        """What forward leaves for backward beside its inputs."""
-        if not self.saves or self.config.recompute:
-            return ()
-        return saved_tensors(self.config.intermediate_size, self.route.row_token.size, self.config.lora_rank)
-
-    def expert_call(self, weights: torch.Tensor, tokens: int) -> call.ExpertCall:
-        """Sizes and routing of the call; [S] routing weights in the order of the rows."""
-        by_slot: npt.NDArray[np.float32] = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
-        return call.ExpertCall(
-            shape=self.shape,
-            route=self.route,
-            row_weight=by_slot[self.route.row_slot],
-            tokens=tokens,
-            rank=self.config.lora_rank,
-            scale=self.config.lora_scale,
-            threads=torch.get_num_threads(),
-        )
-
-
-def versions_of(packed: dict[str, torch.Tensor]) -> tuple[int, ...]:
+def versions_of(base: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     """How often each of the packed weights has been written to."""
-    return tuple(map(version_of, packed.values()))
+    return tuple(map(version_of, base.values()))
 
 
 @contextmanager
@@ -72,27 +38,24 @@ def _memory_errors() -> Iterator[None]:
 
 
 class MoEFunction(torch.autograd.Function):
-    """x [T, H], routing weights [T, K] and six LoRA tensors -> out [T, H].
+    """x [T, H], routing weights [T, K] and six LoRA tensors of any strides -> out [T, H].
 
-    Saves its inputs and, unless ``config.recompute``, gate and up before the activation in bfloat16 and the three
+    Saves its inputs and, unless the layer recomputes, gate and up before the activation in bfloat16 and the three
     low-rank products in float32 (4 I + 12 r bytes a row); everything is kept per call, so any order of backwards is
     right.
     """
 
     @staticmethod
     @_memory_errors()
-    def forward(
-        ctx: Any, context: CallContext, x: torch.Tensor, weights: torch.Tensor, *lora: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, call: Call, x: torch.Tensor, weights: torch.Tensor, *lora: torch.Tensor) -> torch.Tensor:
         """Run the experts; see the class."""
-        tokens, hidden = x.shape
-        out = empty((tokens, hidden), x.dtype)
+        out = empty(x.shape, x.dtype)
         operand = x.to(torch.bfloat16)
-        saved = {s.name: empty(s.shape, getattr(torch, s.dtype)) for s in context.saved_tensors()}
-        tensors = _inputs(context, operand, lora) | _result(out) | saved
-        tracing.forward(context.expert_call(weights, tokens), _addresses(tensors))
-        ctx.context = context
-        ctx.save_for_backward(x, weights, *lora, *saved.values())
+        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in call.saved()]
+        fields = _inputs(call, operand, lora) | _result(out) | _saved(call, saved)
+        calls.run("forward", call, _row_weight(call, weights), fields, torch.get_num_threads())
+        ctx.call = call
+        ctx.save_for_backward(x, weights, *lora, *saved)
         return out
 
     @staticmethod
@@ -100,67 +63,87 @@ class MoEFunction(torch.autograd.Function):
     @_memory_errors()
     def backward(ctx: Any, out_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, of the routing weights and of the LoRA tensors that want one."""
-        context: CallContext = ctx.context
-        count = len(LORA_NAMES) if context.config.lora_rank else 0
+        call: Call = ctx.call
         x, weights, *rest = ctx.saved_tensors
-        if versions_of(context.packed) != context.versions:
+        if versions_of(call.base) != call.versions:
             raise WeightsChangedError(
                 "base weights were loaded or written between forward and backward: run forward again"
             )
-        lora = rest[:count]
-        saved = {s.name: tensor for s, tensor in zip(context.saved_tensors(), rest[count:], strict=True)}
+        _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
+        lora, saved = rest[: len(wanted)], rest[len(wanted) :]
         operand, out_operand = (t.to(torch.bfloat16).contiguous().resolve_neg() for t in (x, out_grad))
-        x_grad = empty(x.shape, x.dtype) if ctx.needs_input_grad[1] else None
-        weights_grad = torch.zeros_like(weights, dtype=torch.float32, memory_format=torch.contiguous_format)
-        wanted = ctx.needs_input_grad[3:]
-        lora_grads = _lora_gradients(context, lora) if any(wanted) else []
-        tensors = (
-            _inputs(context, operand, lora)
+        x_grad = empty(x.shape, x.dtype) if wants_x else None
+        weights_grad = supplies().zeros(weights.shape, torch.float32)
+        lora_grads = _lora_gradients(call, lora) if any(wanted) else []
+        fields = (
+            _inputs(call, operand, lora)
             | ({} if x_grad is None else _result(x_grad))
-            | {f"{name}_grad": grad for name, grad in zip(LORA_NAMES, lora_grads, strict=False)}
-            | saved
-            | {"out_grad": out_operand, "weights_grad": weights_grad}
+            | _saved(call, saved)
+            | {"out_grad": out_operand.data_ptr(), "weights_grad": weights_grad.data_ptr()}
         )
-        tracing.backward(context.expert_call(weights, x.shape[0]), _addresses(tensors))
+        for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
+            fields |= _view(_field(name) + "_grad", grad)
+        calls.run("backward", call, _row_weight(call, weights), fields, torch.get_num_threads())
         results = [g.to(p.dtype) if w else None for g, p, w in zip(lora_grads, lora, wanted, strict=False)]
         return (
             None,
             x_grad,
-            weights_grad.to(weights.dtype) if ctx.needs_input_grad[2] else None,
-            *(results or [None] * count),
+            weights_grad.to(weights.dtype) if wants_weights else None,
+            *(results or [None] * len(lora)),
         )
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < PAGE:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = torch.from_numpy(blocks.take(nbytes))
+    if nbytes < supplies().block_bytes:
+        return supplies().empty(shape, dtype)
+    memory = torch.from_numpy(supplies().blocks.take(nbytes))
     # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
-    return memory.view(dtype).view(shape).detach()
+    return memory.view(dtype).view(*shape).detach()
 
 
-def _lora_gradients(context: CallContext, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _lora_gradients(call: Call, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
-    if 2 * context.route.active.size < context.config.num_experts:
+    if 2 * call.route.active.size < call.num_experts:
         # Fresh pages are zero, and most of them will not be touched.
-        return [torch.zeros_like(p, dtype=torch.float32) for p in lora]
+        return [supplies().zeros(p.shape, torch.float32) for p in lora]
     grads = [empty(p.shape, torch.float32) for p in lora]
-    for begin, end in context.route.absent(context.config.num_experts):
+    for begin, end in call.route.absent(call.num_experts):
         for grad in grads:
             grad[begin:end].zero_()
     return grads
 
 
-def _inputs(context: CallContext, operand: torch.Tensor, lora: Any) -> dict[str, torch.Tensor]:
-    packed = {f"{name}_weights": tensor for name, tensor in context.packed.items()}
-    return {"x": operand, **packed, **dict(zip(LORA_NAMES, lora, strict=False))}
+def _row_weight(call: Call, weights: torch.Tensor) -> npt.NDArray[np.float32]:
+    """[S] routing weights in the order of the rows."""
+    by_slot = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
+    by_row: npt.NDArray[np.float32] = by_slot[call.route.row_slot]
+    return by_row
 
 
-def _result(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"result_float" if tensor.dtype == torch.float32 else "result": tensor}
+def _inputs(call: Call, operand: torch.Tensor, lora: Sequence[torch.Tensor]) -> Fields:
+    fields = {"x": operand.data_ptr()}
+    fields |= {f"{name}.weights": packed.data_ptr() for name, packed in call.base.items()}
+    for name, tensor in zip(LORA_NAMES, lora, strict=False):
+        fields |= _view(_field(name), tensor)
+    return fields
 
 
-def _addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+def _field(lora_name: str) -> str:
+    """``gate.a`` for ``gate_lora_a``."""
+    return lora_name.replace("_lora_", ".")
+
+
+def _view(field: str, tensor: torch.Tensor) -> Fields:
+    """A tensor [E, rows, columns] where it lies."""
+    expert, row, column = tensor.stride()
+    return {field: tensor.data_ptr(), f"{field}.expert": expert, f"{field}.row": row, f"{field}.column": column}
+
+
+def _result(tensor: torch.Tensor) -> Fields:
+    return {"result_float" if tensor.dtype == torch.float32 else "result": tensor.data_ptr()}
+
+
+def _saved(call: Call, saved: Sequence[torch.Tensor]) -> Fields:
+    return {s.name: tensor.data_ptr() for s, tensor in zip(call.saved(), saved, strict=True)}

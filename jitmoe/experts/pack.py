@@ -9,11 +9,11 @@ from torch.autograd.graph import increment_version
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
-from jitmoe.experts.call import usable_threads
 from jitmoe.experts.packed_file import map_packed
 from jitmoe.experts.workspace import allocate
 from jitmoe.jit.kernels import Kernels
 from jitmoe.plan.shapes import packed_elements
+from jitmoe.process import usable_threads
 
 ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Tensor]
 """Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of

@@ -22,7 +22,8 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import PackedFileError
 from jitmoe.experts.workspace import PAGE
 from jitmoe.files import replacing
-from jitmoe.plan.shapes import PACKED_LAYOUT, packed_elements, round_up
+from jitmoe.plan.projections import projections
+from jitmoe.plan.shapes import PACKED_LAYOUT, round_up
 
 Matrices = dict[str, npt.NDArray[np.int16]]
 """The packed gate, up and down weights under these names, [E, packed_elements]."""
@@ -98,16 +99,12 @@ def map_packed(path: Path, config: MoEConfig, verify: bool) -> Matrices:
 
 def _places(config: MoEConfig) -> dict[str, tuple[int, int]]:
     """Offset and bytes of each matrix. Multiples of a huge page: file systems that have huge pages can map them."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
     places = {}
     end = HEADER_BYTES
-    for name, out, in_ in (
-        ("gate", intermediate, hidden),
-        ("up", intermediate, hidden),
-        ("down", hidden, intermediate),
-    ):
-        places[name] = (round_up(end, PAGE), config.num_experts * packed_elements(out, in_) * 2)
-        end = sum(places[name])
+    for projection in projections(config.hidden_size, config.intermediate_size):
+        nbytes = config.num_experts * projection.packed_elements * 2
+        places[projection.name] = (round_up(end, PAGE), nbytes)
+        end = sum(places[projection.name])
     return places
 
 

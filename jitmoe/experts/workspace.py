@@ -1,8 +1,6 @@
 """Memory of the process: one arena for scratch, grown on demand and shared by all layers; blocks that tensors reuse."""
 
 import mmap
-import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
+
+from jitmoe.process import Lock
 
 PAGE = 2 << 20
 """Huge page of x86-64: the size where transparent huge pages start to help."""
@@ -39,12 +39,7 @@ class Arenas:
 
     def __init__(self) -> None:
         self._free: list[npt.NDArray[np.uint8]] = []
-        self._renew_lock()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        """At birth and in a forked child, where a thread that held the lock in the parent does not exist."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @contextmanager
     def lease(self, nbytes: int) -> Iterator[int]:
@@ -82,12 +77,7 @@ class Blocks:
         self._free: list[npt.NDArray[np.uint8]] = []
         # Tensors die in any thread, also while this one holds the lock: they only append here.
         self._returned: deque[npt.NDArray[np.uint8]] = deque()
-        self._renew_lock()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        """See :class:`Arenas`."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """``nbytes`` bytes of any contents, the caller's until the last view of them is gone.

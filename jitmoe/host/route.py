@@ -21,14 +21,12 @@ class Route:
         offsets: [A + 1] ``offsets[i]:offsets[i + 1]`` are the rows of ``active[i]``.
         row_token: [S] token of each row.
         row_slot: [S] slot of each row, ascending inside an expert.
-        slot_row: [T * K] row of each slot, -1 for a skipped one.
     """
 
     active: np.ndarray
     offsets: np.ndarray
     row_token: np.ndarray
     row_slot: np.ndarray
-    slot_row: np.ndarray
 
     def absent(self, num_experts: int) -> Iterator[tuple[int, int]]:
         """Ranges ``begin, end`` of the experts that have no rows, ascending."""
@@ -111,13 +109,12 @@ def _row_ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True, nogil=True)
-def _sort_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The five arrays of :class:`Route`, in its order."""
+def _sort_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The four arrays of :class:`Route`, in its order."""
     next_row = _count_rows(ids, num_experts)
     active, offsets = _row_ranges(next_row)
     row_token = np.empty(offsets[-1], np.int64)
     row_slot = np.empty(offsets[-1], np.int64)
-    slot_row = np.full(ids.size, -1, np.int64)
     tokens, top_k = ids.shape
     for token in range(tokens):
         for choice in range(top_k):
@@ -125,8 +122,6 @@ def _sort_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarr
             if 0 <= expert < num_experts:
                 row = next_row[expert]
                 next_row[expert] = row + 1
-                slot = token * top_k + choice
                 row_token[row] = token
-                row_slot[row] = slot
-                slot_row[slot] = row
-    return active, offsets, row_token, row_slot, slot_row
+                row_slot[row] = token * top_k + choice
+    return active, offsets, row_token, row_slot

@@ -5,12 +5,13 @@ pointers from their own threads, so there is no second thread pool; Python can c
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit  # type: ignore[attr-defined]
+
+from jitmoe.process import Lock
 
 _GATHER_ROWS = "void(CPointer(uint16), int64, CPointer(int64), int64, int64, int64, CPointer(uint16), int64)"
 _SUM_ROWS = (
@@ -100,7 +101,7 @@ def sum_rows_address() -> int:
     return int(compile_callback(_sum_rows_at, _SUM_ROWS).address)
 
 
-_compiling = threading.Lock()
+_compiling = Lock()
 
 
 def compile_callback(function: Callable[..., None], signature: str) -> Any:

@@ -3,67 +3,52 @@
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jitmoe.config import MoEConfig
 from jitmoe.errors import CaptureError, ConfigError
+from jitmoe.experts.layer import NEXT_CALL, ON_NONFINITE, MoELayer
 from jitmoe.files import replacing
 from jitmoe.jit import cpu
-from jitmoe.oracle.reference import LoraTensors
+from jitmoe.plan.projections import LORA_NAMES
 
 log = logging.getLogger(__name__)
 
 FORMAT = "jitmoe capture 1"
 """Value of ``format`` in every file; another one is another version of the fields."""
 
-NEXT_CALL, ON_NONFINITE = "next_call", "on_nonfinite"
-
 MOST_FILES = 8
 """Files that :data:`ON_NONFINITE` writes: after a parameter has become NaN so does every call, and a file is large."""
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """One call under way.
+class Captured:
+    """One call under way: the layer, x [T, H], topk_ids and weights [T, K], the LoRA tensors by name, out [T, H]."""
 
-    Attributes:
-        config: of the layer.
-        isa: that the layer runs on.
-        unpack: from experts to their canonical base weights, under the names of the constructor.
-        x: [T, H].
-        topk_ids: [T, K].
-        weights: [T, K].
-        lora: the six tensors, or none.
-        out: [T, H].
-    """
-
-    config: MoEConfig
-    isa: str
-    unpack: Callable[[Sequence[int]], dict[str, Tensor]]
+    layer: MoELayer
     x: Tensor
     topk_ids: Tensor
     weights: Tensor
-    lora: Sequence[Tensor]
+    lora: Mapping[str, Tensor]
     out: Tensor
 
     def content(self, backward: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the file holds: plain values and tensors. Experts that no token chose are left out."""
-        kept = self.topk_ids[(self.topk_ids >= 0) & (self.topk_ids < self.config.num_experts)]
+        config, lora = self.layer.config, self.lora
+        kept = self.topk_ids[(self.topk_ids >= 0) & (self.topk_ids < config.num_experts)]
         active: Tensor = torch.unique(kept)
-        lora = dict(zip(LoraTensors._fields, self.lora, strict=False))
         return {
             "format": FORMAT,
-            "config": asdict(self.config),
-            "isa": self.isa,
+            "config": asdict(config),
+            "isa": self.layer.isa,
             "versions": _versions(),
             "experts": active,
-            **self.unpack(active.tolist()),
+            **self.layer.unpack(active.tolist()),
             **{name: tensor.detach()[active] for name, tensor in lora.items()},
             "x": self.x.detach().clone(),
             "topk_ids": self.topk_ids,
@@ -89,7 +74,7 @@ class Capture:
 
     def __post_init__(self) -> None:
         if self.when not in (NEXT_CALL, ON_NONFINITE):
-            raise ConfigError(f'capture must be "{NEXT_CALL}" or "{ON_NONFINITE}", got {self.when!r}')
+            raise ConfigError(f'when must be "{NEXT_CALL}" or "{ON_NONFINITE}", got {self.when!r}')
         folder = self.path.absolute().parent
         if self.path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise CaptureError(f"{self.path} cannot be written: name a file in a folder that exists and is writable")
@@ -99,29 +84,42 @@ class Capture:
         """Whether no further call is wanted."""
         return len(self.files) >= (1 if self.when == NEXT_CALL else MOST_FILES)
 
-    def watch(self, call: Call) -> None:
-        """Write ``call`` if it is asked for: now and, with what backward adds, after it."""
-        node = call.out.grad_fn
+    def attach(self, layer: nn.Module) -> None:
+        """See the calls of ``layer`` from now on; a capture that was attached to it before is gone."""
+        for key, hook in list(layer._forward_hooks.items()):
+            if isinstance(hook, Capture):
+                del layer._forward_hooks[key]
+                layer._forward_hooks_with_kwargs.pop(key, None)
+        layer.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: MoELayer, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the call if it is asked for: now and, with what backward adds, after it."""
+        if self.finished:
+            return
+        given = dict(zip(("x", "topk_ids", "weights"), args, strict=False)) | dict(kwargs)
+        x, topk_ids, weights = (given[name].reshape(-1, given[name].shape[-1]) for name in ("x", "topk_ids", "weights"))
+        lora = {name: layer.get_parameter(name) for name in LORA_NAMES if layer.config.lora_rank}
         # Copies, because users may change both in place; autograd itself sees to the other tensors.
-        call = replace(call, topk_ids=call.topk_ids.long().clone(), out=call.out.detach().clone())
-        written = [self._write(call, {})] if self._wants({"out": call.out}) else []
+        ids, result = topk_ids.long().clone(), out.detach().reshape(-1, out.shape[-1]).clone()
+        call = Captured(layer, x, ids, weights, lora, result)
+        written = [self._write(call, {})] if self._wants({"out": result}) else []
 
         def after_backward(results: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> None:
-            names = ("x_grad", "weights_grad", *(f"{name}_grad" for name in LoraTensors._fields))
+            names = ("x_grad", "weights_grad", *(f"{name}_grad" for name in LORA_NAMES))
             grads = {name: grad.detach() for name, grad in zip(names, results, strict=False) if grad is not None}
             backward = {"grad": given[0].detach(), **grads}
             if written or self._wants(backward):
                 written[:] = [self._write(call, backward, *written)]
 
-        if node is not None and (written or self.when == ON_NONFINITE):
-            node.register_hook(after_backward)
+        if out.grad_fn is not None and (written or self.when == ON_NONFINITE):
+            node_of(out).register_hook(after_backward)
 
     def _wants(self, tensors: Mapping[str, Tensor]) -> bool:
         if self.finished:
             return False
         return self.when == NEXT_CALL or not all(tensor.isfinite().all() for tensor in tensors.values())
 
-    def _write(self, call: Call, backward: Mapping[str, Tensor], path: Path | None = None) -> Path:
+    def _write(self, call: Captured, backward: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write ``call`` to ``path``, or to the next file."""
         if path is None:
             number = len(self.files) + 1
@@ -135,6 +133,14 @@ class Capture:
             self.files.append(path)
         log.log(logging.INFO if self.when == NEXT_CALL else logging.WARNING, "captured a call in %s", path)
         return path
+
+
+def node_of(out: Tensor) -> Any:
+    """The layer's own node in the graph of its result; reshapes come after it."""
+    node: Any = out.grad_fn
+    while not node.name().startswith("MoEFunction"):
+        node = node.next_functions[0][0]
+    return node
 
 
 def _versions() -> dict[str, str | int]:

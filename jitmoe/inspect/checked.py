@@ -1,4 +1,4 @@
-"""Checked calls: what a kernel told of its scratch, held against the plan. See templates/checked.hpp."""
+"""Checked calls: what a kernel told of its scratch, held against the plan. See templates/watch/checked.hpp."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,18 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe.errors import PlanError
-from jitmoe.jit.kernels import SCRATCH
-from jitmoe.plan.scratch import ALIGNMENT, Placed, ScratchPlan
-from jitmoe.plan.shapes import Shape
-
-LIFE = np.dtype([(name, np.int64) for name in ("offset", "nbytes", "first", "last", "alive")])
-"""Mirror of ``Life`` in checked.hpp."""
-
-CHECKS = np.dtype(
-    [(name, np.int64) for name in ("arena", "owners", "lives", "step", "entered")]
-    + [(f"fault{part}", np.int64) for part in ("", "_entered", "_step", "_buffer", "_offset", "_owner")]
-)
-"""Mirror of ``Checks`` in checked.hpp."""
+from jitmoe.experts.observer import Launch, Observer
+from jitmoe.jit.abi import CHECKS, FIELDS, LIFE
+from jitmoe.plan.placement import ALIGNMENT, Placed, ScratchPlan
+from jitmoe.plan.scratch import BACKWARD_STEPS, FORWARD_STEPS
 
 FAULTS = {
     "outside_life": "is used outside its life",
@@ -27,46 +19,62 @@ FAULTS = {
     "foreign_write": "is written at byte {offset}, which {owner} still holds",
     "canary": "has a neighbour that was written over: the canary at byte {offset} is gone",
 }
-"""Names and sentences of the faults, in the order of ``Fault`` in checked.hpp."""
+"""Names and sentences of the faults, in the order of ``Fault`` in watch/checked.hpp."""
+
+
+class Checker(Observer):
+    """Runs calls on checked kernels and holds them to the plan of their scratch."""
+
+    watch = "memory"
+
+    @contextmanager
+    def around(self, launch: Launch) -> Iterator[None]:
+        """Check one pass.
+
+        Raises:
+            PlanError: where a step used scratch otherwise than planned: names the buffer, the step, the bytes and
+                whose they are.
+        """
+        with checking(launch.plan, launch.arena, STEPS[launch.pass_name]) as checks:
+            launch.record["checks"] = checks
+            yield
+
+
+STEPS = {"forward": FORWARD_STEPS, "backward": BACKWARD_STEPS}
 
 
 @contextmanager
-def checking(shape: Shape, plan: ScratchPlan, arena: int, steps: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Fields of ``Call`` with which a checked instance is held to ``plan``; none for other instances.
+def checking(plan: ScratchPlan, arena: int, steps: Sequence[str]) -> Iterator[int]:
+    """Address of the ``Checks`` with which a checked instance is held to ``plan``.
 
     Args:
-        shape: the instance; checked where it watches "memory".
         plan: scratch of the call, placed with room for canaries.
         arena: address of the scratch.
         steps: names of the steps of the pass.
 
     Raises:
-        PlanError: at the end of the block, where a step used scratch otherwise than planned: names the buffer, the
-            step, the bytes and whose they are.
+        PlanError: at the end of the block, see :class:`Checker`.
     """
-    if shape.watch != "memory":
-        yield {}
-        return
     lives = _lives(plan)
     owners = np.zeros(plan.nbytes // ALIGNMENT, np.uint32)
     checks = np.zeros((), CHECKS)
     checks["arena"], checks["owners"], checks["lives"] = arena, owners.ctypes.data, lives.ctypes.data
-    yield {"checks": checks.ctypes.data}
+    yield checks.ctypes.data
     if checks["fault"]:
         raise PlanError(_describe({name: int(checks[name]) for name in CHECKS.names or ()}, plan, steps))
 
 
 def _lives(plan: ScratchPlan) -> npt.NDArray[np.void]:
-    lives = np.zeros(len(SCRATCH), LIFE)
+    lives = np.zeros(len(FIELDS), LIFE)
     for item in plan.placed:
         buffer = item.buffer
-        lives[SCRATCH.index(buffer.name)] = (item.offset, buffer.nbytes, buffer.first, buffer.last, 0)
+        lives[FIELDS.index(buffer.name)] = (item.offset, buffer.nbytes, buffer.first, buffer.last, 0)
     return lives
 
 
 def _describe(checks: dict[str, int], plan: ScratchPlan, steps: Sequence[str]) -> str:
     placed = {item.buffer.name: item for item in plan.placed}
-    name = SCRATCH[checks["fault_buffer"]]
+    name = FIELDS[checks["fault_buffer"]]
     fault = list(FAULTS.values())[checks["fault"] - 1].format(
         offset=checks["fault_offset"], owner=_owner(checks["fault_owner"])
     )
@@ -85,5 +93,5 @@ def _promise(item: Placed, steps: Sequence[str]) -> str:
 def _owner(owner: int) -> str:
     if not owner:
         return "nobody"
-    part, index = divmod(owner - 1, len(SCRATCH))
-    return f"{SCRATCH[index]} of thread {part}" if SCRATCH[index].startswith("thread_") else SCRATCH[index]
+    part, index = divmod(owner - 1, len(FIELDS))
+    return f"{FIELDS[index]} of thread {part}" if FIELDS[index].startswith("thread_") else FIELDS[index]

@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from jitmoe.experts.layer import MoELayer
+from jitmoe.inspect.capture import node_of
 from jitmoe.inspect.replay import compare
 from jitmoe.oracle.reference import ExpertSteps, LoraTensors, expert_reference
 from jitmoe.oracle.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
@@ -83,16 +83,14 @@ def _expert_verdicts(probe: MoELayer, inputs: Inputs, expert: int) -> list[Verdi
 def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verdict]:
     """Verdicts on gate and up, from what the layer saved for backward."""
     steps = {dtype: _reference_steps(alone, expert, dtype) for dtype in (torch.float64, torch.bfloat16)}
-    node: Any = probe(alone.x.clone().requires_grad_(), alone.topk_ids, alone.weights).grad_fn
-    while not node.name().startswith("MoEFunction"):  # reshapes come after it
-        node = node.next_functions[0][0]
+    node = node_of(probe(alone.x.clone().requires_grad_(), alone.topk_ids, alone.weights))
     every_row = torch.ones(len(alone.x), dtype=torch.bool)
-    names = [s.name for s in node.context.saved_tensors()]
+    names = [s.name for s in node.call.saved()]
     saved = dict(zip(names, node.saved_tensors[-len(names) :], strict=True))
     verdicts = []
     for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
-        strips = saved[f"saved_{name}"].transpose(0, 1)  # the last one padded
+        strips = saved[f"{name}.saved"].transpose(0, 1)  # the last one padded
         ours = strips.flatten(1)[:, : oracle.shape[1]]
         error = (plain.double() - oracle).flatten()
         verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))

@@ -20,7 +20,6 @@ from jitmoe.inspect.capture import FORMAT
 from jitmoe.inspect.trace_report import Report
 from jitmoe.inspect.tracing import trace
 from jitmoe.jit import cpu
-from jitmoe.memory.budget import lora_shapes
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.yardstick import (
     Inputs,
@@ -34,6 +33,7 @@ from jitmoe.oracle.yardstick import (
     results_of_reference,
     title,
 )
+from jitmoe.plan.projections import lora_shapes
 from jitmoe.text import table
 
 LOG_KEYS = {
@@ -344,7 +344,8 @@ def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> 
         raise ValueError(
             f"its config has lora_rank {config.lora_rank}, and it holds {'no' if lora is None else 'a'} LoRA"
         )
-    expected = lora_shapes(config) | {"grad": tuple(x.shape)}
+    sizes = (config.hidden_size, config.intermediate_size, config.num_experts, config.lora_rank)
+    expected = lora_shapes(*sizes) | {"grad": tuple(x.shape)}
     for name, tensor in {**(lora._asdict() if lora else {}), "grad": grad}.items():
         if tensor is not None and tuple(tensor.shape) != expected[name]:
             raise ValueError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected[name])}")

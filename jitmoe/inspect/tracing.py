@@ -1,7 +1,7 @@
 """Sees inside calls: runs them on traced kernels and scans what goes in and what comes out."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,31 +9,26 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe import settings
-from jitmoe.experts import call as experts
-from jitmoe.experts.call import ExpertCall, Run
+from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.host.scan import Scan, empty_records, observe_address, read_record, scan
 from jitmoe.inspect.trace_cause import AGAIN, STEPS, Evidence, find_first
 from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, CallTrace, Position, Record, Report
-from jitmoe.jit.kernels import OBSERVED, Kernels, array_at
-from jitmoe.plan.scratch import ITEM_BYTES, ScratchPlan
-from jitmoe.plan.shapes import K_STEP, N_STRIP, packed_elements, round_up
+from jitmoe.jit.abi import TENSORS, view_fields
+from jitmoe.jit.kernels import array_at
+from jitmoe.plan.placement import ITEM_BYTES
+from jitmoe.plan.projections import NAMES, Projection, projections
+from jitmoe.plan.shapes import K_STEP, N_STRIP, round_up
 
 log = logging.getLogger(__name__)
 
-PROJECTIONS = ("gate", "up", "down")
-
-OWN_NAMES = {"gate_u": "gate u", "up_u": "up u", "down_u": "down u"} | {
-    f"{name}_du": f"{name} du" for name in PROJECTIONS
-}
+OWN_NAMES = {"gate_u": "gate u", "up_u": "up u", "down_u": "down u"} | {f"{name}_du": f"{name} du" for name in NAMES}
 """What a step is called in reports, where it is not called as in the kernels."""
 
-FORWARD_TENSORS = OBSERVED[: OBSERVED.index("down") + 1]
+FORWARD_TENSORS = TENSORS[: TENSORS.index("down") + 1]
 """Those of backward's tensors that forward has had before."""
 
 BITS: dict[int, type[np.generic]] = {2: np.uint16, 4: np.float32}
 """How :func:`scan` wants a bfloat16, and a float32."""
-
-_open: list[Report] = []
 
 
 @contextmanager
@@ -50,122 +45,120 @@ def trace() -> Iterator[Report]:
     first use, and reads all weights of the experts it needs once more: use it to find a fault, not to train.
     """
     report = Report()
-    _open.append(report)
+    _tracer.reports.append(report)
     try:
-        yield report
+        with observing(_tracer):
+            yield report
     finally:
-        _open[:] = [other for other in _open if other is not report]
+        _tracer.reports = [other for other in _tracer.reports if other is not report]
 
 
-def forward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
-    """:func:`jitmoe.experts.call.forward`, traced where somebody wants it."""
-    _carry_out("forward", experts.forward, call, addresses)
+class Tracer(Observer):
+    """Runs calls on traced kernels and adds what is found to every open report, and to that of JITMOE_TRACE."""
 
+    watch = "values"
+    threads = 1  # records need no locks then
 
-def backward(call: ExpertCall, addresses: Mapping[str, int]) -> None:
-    """:func:`jitmoe.experts.call.backward`, traced where somebody wants it."""
-    _carry_out("backward", experts.backward, call, addresses)
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self._always = Report()
+        self._warned = False
 
+    @property
+    def wanted(self) -> bool:
+        """Whether JITMOE_TRACE=1 asks for traces: until the first finding."""
+        return bool(settings.get("trace")) and not self._warned
 
-class _Always:
-    """What JITMOE_TRACE=1 asks for: a report that keeps no calls, until it has something to say."""
+    @contextmanager
+    def around(self, launch: Launch) -> Iterator[None]:
+        """Trace one pass."""
+        recorder = Recorder(launch)
+        with recorder.recording():
+            yield
+        found, layer_key = recorder.found(), int(launch.record["gate.weights"])
+        for report in list(self.reports):
+            report.add(found, layer_key)
+        if self.wanted:
+            self._add_always(found, layer_key)
 
-    report = Report()
-    done = False
-
-    @classmethod
-    def wanted(cls) -> bool:
-        return bool(settings.get("trace")) and not cls.done
-
-    @classmethod
-    def add(cls, found: CallTrace, layer_key: int) -> None:
-        if cls.report.add(found, layer_key).first and not cls.done:
-            cls.done = True
+    def _add_always(self, found: CallTrace, layer_key: int) -> None:
+        """Keeps no calls, until there is something to say."""
+        if self._always.add(found, layer_key).first:
+            self._warned = True
             # The text now, not when a handler wants it: the calls are gone then.
-            text = cls.report.table()
+            text = self._always.table()
             log.warning("JITMOE_TRACE: the first value that is not finite; later calls are not traced\n%s", text)
-        cls.report.calls.clear()
+        self._always.calls.clear()
 
 
-def _carry_out(
-    pass_name: str,
-    function: Callable[[ExpertCall, Mapping[str, int], Run | None], None],
-    call: ExpertCall,
-    addresses: Mapping[str, int],
-) -> None:
-    reports, always = list(_open), _Always.wanted()
-    if not reports and not always:
-        function(call, addresses, None)
-        return
-    # On one thread, so that records need no locks; results do not depend on the number of threads.
-    call = replace(call, shape=replace(call.shape, watch="values"), threads=1)
-    recorder = Recorder(pass_name, call)
-    function(call, addresses, recorder.run)
-    layer_key = addresses["gate_weights"]
-    found = recorder.found()
-    for report in reports:
-        report.add(found, layer_key)
-    if always:
-        _Always.add(found, layer_key)
+_tracer = Tracer()
+
+
+def tracer_of_environment() -> Tracer | None:
+    """The tracer, if JITMOE_TRACE wants it."""
+    return _tracer if _tracer.wanted else None
 
 
 class Recorder:
-    """Runs one planned call on a traced kernel; its records are :class:`Record`."""
+    """Scans one pass; its records are :class:`Record`."""
 
-    def __init__(self, pass_name: str, call: ExpertCall) -> None:
-        self._pass_name = pass_name
-        self._call = call
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._record = launch.record
+        self._pass_name = launch.pass_name
+        self._projections = projections(launch.shape.hidden, launch.shape.intermediate)
         self._parameters: list[Record] = []
         self._bad_weights: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
         self._scratch: list[Record] = []
         self._steps: list[Record] = []
 
-    def run(self, kernels: Kernels, fields: dict[str, int | float], plan: ScratchPlan) -> None:
-        """Scan parameters and scratch, run, and read what the kernel showed and what it wrote."""
-        self._scan_parameters(kernels, fields)
-        self._scan_scratch(fields, plan)
-        active = self._call.route.active
-        census = empty_records(int(active[-1]) + 1 if active.size else 1, len(OBSERVED))
-        shown = {"census": census.ctypes.data, "observe": observe_address()}
-        (kernels.forward if self._pass_name == "forward" else kernels.backward)(fields | shown)
-        steps = [*self._shown(census), *self._routing_weights(), *self._results(fields)]
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Scan parameters and scratch before the kernel runs; read what it showed and what it wrote after."""
+        self._scan_parameters()
+        self._scan_scratch()
+        active = self._launch.route.active
+        census = empty_records(int(active[-1]) + 1 if active.size else 1, len(TENSORS))
+        self._record["census"], self._record["observe"] = census.ctypes.data, observe_address()
+        yield
+        steps = [*self._shown(census), *self._routing_weights(), *self._results()]
         order = {step.name: place for place, step in enumerate(STEPS[self._pass_name])}
         self._steps = sorted(steps, key=lambda record: order[record.name])
 
     def found(self) -> CallTrace:
         """The records of the call and the finding."""
-        shape = self._call.shape
+        shape = self._launch.shape
         records = (*self._parameters, *self._scratch, *self._steps)
         rows = max((record.rows for record in self._steps), default=0)
-        terms = max(shape.hidden, shape.intermediate, rows) * max(1.0, abs(self._call.scale))
+        terms = max(shape.hidden, shape.intermediate, rows) * max(1.0, abs(float(self._record["scale"])))
         first = find_first(Evidence(self._pass_name, records, self._bad_weights, terms))
         return CallTrace(self._pass_name, shape.name, records, first)
 
     def _experts(self) -> Iterator[tuple[int, int, int]]:
         """Each active expert with its first row and the row behind its last one."""
-        route = self._call.route
+        route = self._launch.route
         yield from zip(route.active.tolist(), route.offsets[:-1].tolist(), route.offsets[1:].tolist(), strict=True)
 
-    def _scan_parameters(self, kernels: Kernels, fields: Mapping[str, int | float]) -> None:
-        for name in PROJECTIONS:
-            self._scan_base(kernels, f"{name}_proj", int(fields[f"{name}_weights"]), *self._extent(name))
-        if self._call.rank:
-            dtype = np.uint16 if self._call.shape.lora_bf16 else np.float32
-            for name in PROJECTIONS:
-                for parameter, extent in self._lora_extents(name).items():
-                    for expert, matrix in self._matrices(int(fields[parameter]), extent, dtype):
-                        self._scan_parameter(parameter, expert, matrix)
+    def _scan_parameters(self) -> None:
+        for projection in self._projections:
+            self._scan_base(projection)
+        dtype = np.uint16 if self._launch.shape.lora_bf16 else np.float32
+        for projection in self._projections:
+            for parameter, extent in self._lora_extents(projection).items():
+                for expert, matrix in self._matrices(_field(parameter), extent, dtype):
+                    self._scan_parameter(parameter, expert, matrix)
 
-    def _scan_base(self, kernels: Kernels, name: str, packed: int, out: int, in_: int) -> None:
-        """Base weights at address ``packed``, and what lies there beside them."""
+    def _scan_base(self, projection: Projection) -> None:
+        """Base weights, and what lies there beside them."""
+        out, in_ = projection.out, projection.in_
         matrix = np.empty((round_up(out, N_STRIP), round_up(in_, K_STEP)), np.uint16)
         padding: list[Record] = []
         for expert, _, _ in self._experts():
-            at = packed + expert * packed_elements(out, in_) * 2
-            kernels.unpack(at, matrix.ctypes.data, 1, *matrix.shape, 1)
-            self._scan_parameter(name, expert, matrix[:out, :in_])
+            at = int(self._record[f"{projection.name}.weights"]) + expert * projection.packed_elements * 2
+            self._launch.kernels.unpack(at, matrix.ctypes.data, 1, *matrix.shape, 1)
+            self._scan_parameter(projection.base_name, expert, matrix[:out, :in_])
             for row, column, part in ((0, in_, matrix[:, in_:]), (out, 0, matrix[out:, :in_])):
-                padding.append(_record(PADDING, name, expert, part, scan(part), row, column))
+                padding.append(_record(PADDING, projection.base_name, expert, part, scan(part), row, column))
         self._parameters += padding
 
     def _scan_parameter(self, name: str, expert: int, matrix: npt.NDArray[np.generic]) -> None:
@@ -174,34 +167,32 @@ class Recorder:
         if found.first:
             self._bad_weights[name, expert] = _not_finite(matrix)
 
-    def _extent(self, projection: str) -> tuple[int, int]:
-        """(out, in) of a projection."""
-        hidden, intermediate = self._call.shape.hidden, self._call.shape.intermediate
-        return (hidden, intermediate) if projection == "down" else (intermediate, hidden)
-
-    def _lora_extents(self, projection: str) -> dict[str, tuple[int, int]]:
-        out, in_ = self._extent(projection)
-        rank = self._call.rank
-        return {f"{projection}_lora_a": (rank, in_), f"{projection}_lora_b": (out, rank)}
+    def _lora_extents(self, projection: Projection) -> dict[str, tuple[int, int]]:
+        rank = int(self._record["rank"])
+        if not rank:
+            return {}
+        shapes = projection.lora_shapes(1, rank)
+        return {name: (rows, columns) for name, (_, rows, columns) in shapes.items()}
 
     def _matrices(
-        self, address: int, extent: tuple[int, int], dtype: type[np.generic]
+        self, field: str, extent: tuple[int, int], dtype: type[np.generic]
     ) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
-        """Each active expert and its matrix in the tensor [E, *extent] at ``address``."""
-        nbytes = extent[0] * extent[1] * np.dtype(dtype).itemsize
+        """Each active expert and its matrix in the view ``field`` of the record."""
+        address, stride, *strides = (int(self._record[name]) for name in view_fields(field))
+        item = np.dtype(dtype).itemsize
         for expert, _, _ in self._experts():
-            yield expert, array_at(address + expert * nbytes, dtype, extent)
+            yield expert, array_at(address + expert * stride * item, dtype, extent, (strides[0], strides[1]))
 
-    def _scan_scratch(self, fields: Mapping[str, int | float], plan: ScratchPlan) -> None:
-        for item in plan.placed:
+    def _scan_scratch(self) -> None:
+        for item in self._launch.plan.placed:
             *lead, columns = item.buffer.shape
             dtype = BITS[ITEM_BYTES[item.buffer.dtype]]
-            values = array_at(int(fields[item.buffer.name]), dtype, (int(np.prod(lead)), columns))
+            values = array_at(int(self._record[item.buffer.name]), dtype, (int(np.prod(lead)), columns))
             self._scratch.append(_record(SCRATCH, item.buffer.name, None, values, scan(values)))
 
     def _shown(self, census: npt.NDArray[np.float64]) -> Iterator[Record]:
         """What the kernel showed of its steps."""
-        for index, tensor in enumerate(OBSERVED):
+        for index, tensor in enumerate(TENSORS):
             again = AGAIN if self._pass_name == "backward" and tensor in FORWARD_TENSORS else ""
             for expert, begin, end in self._experts():
                 found = read_record(census[expert, index])
@@ -213,40 +204,42 @@ class Recorder:
         """Token and slot of what was found in rows sorted by expert, from row ``begin`` on."""
         if not found.first:
             return None
-        route = self._call.route
+        route = self._launch.route
         row = begin + found.first[0]
-        top_k = route.slot_row.size // self._call.tokens
-        return Position(int(route.row_token[row]), int(route.row_slot[row] % top_k), row, found.first[1])
+        slot = int(route.row_slot[row] % self._launch.top_k)
+        return Position(int(route.row_token[row]), slot, row, found.first[1])
 
     def _routing_weights(self) -> Iterator[Record]:
         for expert, begin, end in self._experts():
-            found = scan(self._call.row_weight[begin:end, None])
+            found = scan(self._launch.row_weight[begin:end, None])
             position = self._position(found, begin)
             yield Record.of(
                 STEP, "weights", expert, end - begin, found, position and replace(position, row=None, column=None)
             )
 
-    def _results(self, fields: Mapping[str, int | float]) -> Iterator[Record]:
-        """What the kernel wrote: sums over call, and gradients of the parameters."""
-        tokens, hidden = self._call.tokens, self._call.shape.hidden
+    def _results(self) -> Iterator[Record]:
+        """What the kernel wrote: sums over experts, and gradients of the parameters."""
+        tokens, hidden = int(self._record["tokens"]), self._launch.shape.hidden
         for field, dtype in (("result", np.uint16), ("result_float", np.float32)):
-            if field in fields:
-                found = scan(array_at(int(fields[field]), dtype, (tokens, hidden)))
+            if self._record[field]:
+                found = scan(array_at(int(self._record[field]), dtype, (tokens, hidden)))
                 position = found.first and Position(token=found.first[0], column=found.first[1])
-                yield Record.of(
-                    STEP, "out" if self._pass_name == "forward" else "x.grad", None, tokens, found, position
-                )
-        if "weights_grad" in fields and tokens:
-            top_k = self._call.route.slot_row.size // tokens
-            found = scan(array_at(int(fields["weights_grad"]), np.float32, (tokens, top_k)))
+                name = "out" if self._pass_name == "forward" else "x.grad"
+                yield Record.of(STEP, name, None, tokens, found, position)
+        if self._record["weights_grad"] and tokens:
+            found = scan(array_at(int(self._record["weights_grad"]), np.float32, (tokens, self._launch.top_k)))
             position = found.first and Position(token=found.first[0], slot=found.first[1])
             yield Record.of(STEP, "dweights", None, tokens, found, position)
-        for projection in PROJECTIONS:
+        for projection in self._projections:
             for parameter, extent in self._lora_extents(projection).items():
-                if f"{parameter}_grad" not in fields:
-                    continue
-                for expert, matrix in self._matrices(int(fields[f"{parameter}_grad"]), extent, np.float32):
+                field = f"{_field(parameter)}_grad"
+                for expert, matrix in self._matrices(field, extent, np.float32) if self._record[field] else ():
                     yield _record(STEP, f"{parameter}.grad", expert, matrix, scan(matrix))
+
+
+def _field(parameter: str) -> str:
+    """``gate.a`` for ``gate_lora_a``."""
+    return parameter.replace("_lora_", ".")
 
 
 def _record(

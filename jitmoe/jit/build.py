@@ -14,15 +14,12 @@ from pathlib import Path
 from jitmoe import settings
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError
-from jitmoe.jit import cache, cpu, render, toolchain
+from jitmoe.jit import abi, cache, cpu, render, toolchain
 from jitmoe.jit.render import Instance, Program
 from jitmoe.jit.toolchain import Compiler
 from jitmoe.plan import shapes
 from jitmoe.plan.shapes import Shape
 from jitmoe.text import table
-
-ABI_VERSION = 1
-"""Version of the C interface between Python and the kernels; ``kAbiVersion`` in the templates."""
 
 Headers = tuple[tuple[str, bytes], ...]
 """Path below the templates, with slashes, and content of each template header, by path."""
@@ -143,7 +140,7 @@ def _headers_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]
 def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> str:
     """SHA-256 over all that determines the library's code, and no path: equal on every checkout and machine."""
     flags = toolchain.flags(instance.shape.isa, compiler.kind)
-    parts = [str(ABI_VERSION), compiler.identity, "\n".join(flags), instance.text]
+    parts = [str(abi.ABI_VERSION), compiler.identity, "\n".join(flags), instance.text]
     encoded = [part.encode() for part in parts]
     for name, content in headers:
         encoded += [name.encode(), content]

@@ -15,49 +15,10 @@ import numpy.typing as npt
 
 from jitmoe import settings
 from jitmoe.errors import BuildError, CacheSecurityError, IsaError, KernelError
-from jitmoe.jit import cpu
+from jitmoe.jit import abi, cpu
 from jitmoe.jit.build import ensure
 from jitmoe.jit.render import read_program, render
 from jitmoe.plan.shapes import Shape
-
-ABI_VERSION = 1
-
-_POINTERS_IN = """
-    x out_grad gate_weights up_weights down_weights gate_lora_a gate_lora_b up_lora_a up_lora_b
-    down_lora_a down_lora_b gate_lora_a_grad gate_lora_b_grad up_lora_a_grad up_lora_b_grad
-    down_lora_a_grad down_lora_b_grad saved_gate saved_up saved_gate_u saved_up_u
-    saved_down_u result result_float weights_grad row_token
-    row_slot row_weight segments group_segments
-""".split()  # noqa: SIM905
-_NUMBERS = ["groups", "tokens", "rows", "rank", "threads"]
-_FUNCTIONS = ["gather_rows", "sum_rows"]
-SCRATCH = """
-    sums x_panel out_panel act_panel gate_panel up_panel gate_low up_low down_low gate_low_rows
-    up_low_rows down_low_rows gate_in_rows up_in_rows down_in_rows dot_parts group_gate group_up
-    thread_weights thread_strips thread_rows thread_lora
-""".split()  # noqa: SIM905
-_STRIDES = ["weights_stride", "strips_stride", "rows_stride", "lora_stride"]
-STEPS = """
-    gather pack low_rank gate_up activation down combine act_grad x_grad lora_grads sums
-""".split()  # noqa: SIM905
-"""What a timed instance measures, in the order of ``Step`` in parallel.hpp."""
-OBSERVED = """
-    x gate_u up_u gate up act down_u down dout down_du dact dgate dup gate_du up_du dx
-""".split()  # noqa: SIM905
-"""Tensors that a traced instance shows, in the order of ``Observed`` in traced.hpp."""
-
-
-class Call(ctypes.Structure):
-    """Mirror of ``Call`` in call.hpp: 8-byte fields in the same order."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS_IN),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _FUNCTIONS + SCRATCH),
-        *((name, ctypes.c_int64) for name in _STRIDES),
-        *((name, ctypes.c_void_p) for name in ("step_seconds", "checks", "census", "observe")),
-    ]
 
 
 class Kernels:
@@ -71,22 +32,18 @@ class Kernels:
         self.path = path
         library = ctypes.CDLL(str(path))
         library.jitmoe_call_size.restype = ctypes.c_int64
-        if library.jitmoe_abi() != ABI_VERSION or library.jitmoe_call_size() != ctypes.sizeof(Call):
+        if library.jitmoe_abi() != abi.ABI_VERSION or library.jitmoe_call_size() != abi.CALL.itemsize:
             raise KernelError(f"{path} was built for another version of jitmoe; run `jitmoe cache clear`")
-        call = [ctypes.POINTER(Call)]
         move = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
-        self._forward = _function(library, "jitmoe_forward", call)
-        self._backward = _function(library, "jitmoe_backward", call)
+        self._passes = {
+            name: _function(library, f"jitmoe_{name}", [ctypes.c_void_p]) for name in ("forward", "backward")
+        }
         self._pack = _function(library, "jitmoe_pack", move)
         self._unpack = _function(library, "jitmoe_unpack", move)
 
-    def forward(self, fields: dict[str, Any]) -> None:
-        """Run forward; ``fields`` are those of :class:`Call`, absent ones null or zero."""
-        self._forward(ctypes.byref(Call(**fields)))
-
-    def backward(self, fields: dict[str, Any]) -> None:
-        """Run backward; ``fields`` as for :meth:`forward`."""
-        self._backward(ctypes.byref(Call(**fields)))
+    def run(self, pass_name: str, record: abi.Record) -> None:
+        """Run "forward" or "backward" with the fields of ``record``."""
+        self._passes[pass_name](record.ctypes.data)
 
     def pack(self, canonical: int, packed: int, experts: int, out: int, in_: int, threads: int) -> None:
         """Write ``experts`` matrices [out, in] at address ``canonical`` in packed order to ``packed``."""
@@ -97,13 +54,18 @@ class Kernels:
         self._unpack(packed, canonical, experts, out, in_, threads)
 
 
-def array_at(address: int, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
-    """The memory at ``address`` as a C-contiguous array, valid as long as its owner keeps it."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if not nbytes:
+def array_at(
+    address: int, dtype: type[np.generic], shape: tuple[int, ...], strides: tuple[int, ...] | None = None
+) -> npt.NDArray[np.generic]:
+    """The memory at ``address`` as an array, valid as long as its owner keeps it; ``strides`` in elements."""
+    item = np.dtype(dtype).itemsize
+    if not math.prod(shape):
         return np.empty(shape, dtype)
-    memory = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
-    return np.frombuffer(memory, dtype).reshape(shape)
+    if strides is None:
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = memoryview((ctypes.c_uint8 * (elements * item)).from_address(address)).cast("B")
+    return np.ndarray(shape, dtype, memory, strides=tuple(stride * item for stride in strides))
 
 
 @cache

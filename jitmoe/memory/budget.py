@@ -19,18 +19,18 @@ from typing import Literal
 from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import BudgetError, ConfigError
 from jitmoe.jit import cpu
+from jitmoe.plan.groups import GROUP_BYTES, group_limit, worst_extents
+from jitmoe.plan.placement import ITEM_BYTES, ScratchPlan
+from jitmoe.plan.projections import lora_shapes, projections
 from jitmoe.plan.scratch import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
-    ITEM_BYTES,
-    CallSize,
-    ScratchPlan,
     plan_backward,
     plan_forward,
     row_bytes,
     saved_tensors,
 )
-from jitmoe.plan.shapes import GROUP_BYTES, KernelPlan, group_limit, packed_elements, plan_kernels, worst_extents
+from jitmoe.plan.shapes import KernelPlan, plan_kernels
 from jitmoe.text import size, table
 
 HeldKind = Literal["packed weight", "parameter", "gradient", "saved", "input", "result", "transient"]
@@ -286,19 +286,6 @@ def _check_call(kernels: KernelPlan, tokens: int, threads: int, training: bool, 
     _refuse_over(plan, f"the layer with this call of {tokens} tokens takes")
 
 
-def lora_shapes(config: MoEConfig) -> dict[str, tuple[int, int, int]]:
-    """Shapes of the LoRA parameters of a layer by name."""
-    experts, rank = config.num_experts, config.lora_rank
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    if not rank:
-        return {}
-    extents = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for name, (out, in_) in extents.items():
-        shapes |= {f"{name}_lora_a": (experts, rank, in_), f"{name}_lora_b": (experts, out, rank)}
-    return shapes
-
-
 def _refuse_over(plan: MemoryPlan, what: str) -> None:
     budget = plan.config.memory_budget
     assert budget is not None
@@ -311,13 +298,15 @@ def _refuse_over(plan: MemoryPlan, what: str) -> None:
 
 
 def _layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    packed = {name: packed_elements(intermediate, hidden) for name in ("packed_gate", "packed_up")}
-    packed["packed_down"] = packed_elements(hidden, intermediate)
-    return [
-        *(Held(name, (config.num_experts, n), "int16", "packed weight", 0, last) for name, n in packed.items()),
-        *(Held(name, shape, lora_dtype, "parameter", 0, last) for name, shape in lora_shapes(config).items()),
+    held = [
+        Held(f"packed_{p.name}", (config.num_experts, p.packed_elements), "int16", "packed weight", 0, last)
+        for p in projections(config.hidden_size, config.intermediate_size)
     ]
+    return held + [Held(name, shape, lora_dtype, "parameter", 0, last) for name, shape in _lora(config).items()]
+
+
+def _lora(config: MoEConfig) -> dict[str, tuple[int, int, int]]:
+    return lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, config.lora_rank)
 
 
 def _call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, last: int) -> list[Held]:
@@ -332,7 +321,7 @@ def _call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, 
         Held("topk_ids", (tokens, config.top_k), "int64", "input", 1, last),
         Held("out", wide, x_dtype, "result", 1, last),
     ]
-    held += [Held(name, (slots,), "int64", route_kind, 1, last) for name in ("row_token", "row_slot", "slot_row")]
+    held += [Held(name, (slots,), "int64", route_kind, 1, last) for name in ("row_token", "row_slot")]
     held.append(Held("forward row_weight", (slots,), "float32", "transient", 1, forward_end))
     if x_dtype == "float32":
         held.append(Held("forward x operand", wide, "bfloat16", "transient", 1, forward_end))
@@ -357,7 +346,7 @@ def _call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, 
 def _gradients(config: MoEConfig, lora_dtype: str, start: int, last: int) -> list[Held]:
     """Those of former calls, and the new ones in float32, cast at the end where the parameters are bfloat16."""
     held = []
-    for name, shape in lora_shapes(config).items():
+    for name, shape in _lora(config).items():
         held += [
             Held(f"{name}.grad", shape, lora_dtype, "gradient", 0, last),
             Held(f"new {name}.grad", shape, "float32", "transient", start, last),
@@ -381,10 +370,9 @@ def _worst_pass(
     found: list[ScratchPlan] = []
     for shape, active in kernels.reachable(slots).items():
         limit = group_limit(shape.m_step, row_bytes(shape, training), group_bytes)
-        extents = worst_extents(slots, active, shape.m_step, limit)
-        extent = CallSize(tokens, extents.rows, extents.blocks, extents.segment_rows, config.lora_rank, threads)
+        extents = worst_extents(tokens, slots, active, shape.m_step, limit, config.lora_rank, threads)
         if training:
-            found.append(plan_backward(shape, extent, x_grad=True, recompute=config.recompute))
+            found.append(plan_backward(shape, extents, x_grad=True, recompute=config.recompute))
         else:
-            found.append(plan_forward(shape, extent))
+            found.append(plan_forward(shape, extents))
     return Pass(name, start, max(found, key=lambda plan: plan.nbytes))

@@ -8,8 +8,8 @@ from typing import Any
 from jitmoe.config import MAX_SIZE, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
 from jitmoe.memory.budget import KINDS, MemoryPlan, kernels_of, plan_call
-from jitmoe.plan.scratch import ITEM_BYTES
-from jitmoe.plan.shapes import GROUP_BYTES
+from jitmoe.plan.groups import GROUP_BYTES
+from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.text import size, table
 
 ADAM_STATES = 2
@@ -45,7 +45,7 @@ class Load:
         layers: layers of the model; their forwards are all outstanding when backward begins.
         threads: threads of a call; each has scratch of its own.
         training: with gradients, optimizer and saved tensors; else inference.
-        group_bytes: panels of one group; see :data:`~jitmoe.plan.shapes.GROUP_BYTES`.
+        group_bytes: panels of one group; see :data:`~jitmoe.plan.groups.GROUP_BYTES`.
 
     Raises:
         ConfigError: for numbers that make no call.
@@ -166,7 +166,7 @@ def _changes(load: Load) -> Iterator[tuple[str, Load]]:
         yield "recompute=True", replace(load, config=replace(config, recompute=True))
     if load.tokens > 1:
         yield "half as many tokens a call", replace(load, tokens=load.tokens // 2)
-    yield "groups of half the rows (GROUP_BYTES in plan.py)", replace(load, group_bytes=load.group_bytes // 2)
+    yield "groups of half the rows (GROUP_BYTES in plan/groups.py)", replace(load, group_bytes=load.group_bytes // 2)
     if config.lora_rank and config.lora_dtype != "bfloat16":
         yield 'lora_dtype="bfloat16"', replace(load, config=replace(config, lora_dtype="bfloat16"))
 

@@ -5,12 +5,7 @@ All shape arithmetic lives here, on frozen, printable objects. Nothing is alloca
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
-from jitmoe import settings
 from jitmoe.config import ISAS, MoEConfig
 from jitmoe.errors import ConfigError
 
@@ -47,9 +42,6 @@ of each panel would be empty."""
 
 PLANS_KEPT = 256
 """Plans that are kept for calls of the same sizes: to plan a call takes 0.2 ms, to decode a token 3."""
-
-GROUP_BYTES = 24 << 20
-"""Panels of one group: rows of several experts that go through the steps together."""
 
 
 def ceil_div(value: int, step: int) -> int:
@@ -135,18 +127,15 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
 
     ``lora_dtype`` overrides the config's where the parameters were cast after construction.
 
-    With ``JITMOE_CHECKED=1`` they are instances that check their use of scratch, see :mod:`jitmoe.inspect.checked`.
-
     Raises:
         ConfigError: if ``config.m_step`` is not a register block of that instruction set.
     """
     assert isa in ISAS
-    watch = "memory" if settings.get("checked") else "nothing"
-    return _plan_kernels(config, isa, (lora_dtype or config.lora_dtype) == "bfloat16", watch)
+    return _plan_kernels(config, isa, (lora_dtype or config.lora_dtype) == "bfloat16")
 
 
 @lru_cache(PLANS_KEPT)
-def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool, watch: str) -> KernelPlan:
+def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool) -> KernelPlan:
     blocks = [(isa, step) for step in M_STEPS[isa]]
     if config.m_step is not None:
         if config.m_step not in M_STEPS[isa]:
@@ -162,100 +151,7 @@ def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool, watch: str) -> K
             padded_rank=round_up(config.lora_rank, K_STEP),
             m_step=step,
             lora_bf16=lora_bf16,
-            watch=watch,
         )
         for block_isa, step in blocks
     )
     return KernelPlan(config, isa, shapes)
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Rows cut into segments and segments into groups.
-
-    Attributes:
-        segments: [n, 4] int64: expert, first row, rows, first row block in the group (``Segment`` in call.hpp).
-        bounds: [groups + 1] int64, ranges of segments that share the panels at one time.
-        rows: rows of the largest group.
-        blocks: row blocks of the largest group.
-        segment_rows: rows of the largest segment.
-    """
-
-    segments: npt.NDArray[np.int64]
-    bounds: npt.NDArray[np.int64]
-    rows: int
-    blocks: int
-    segment_rows: int
-
-
-def group_limit(m_step: int, row_bytes: int, group_bytes: int = GROUP_BYTES) -> int:
-    """Rows of a group at the most, padding of their row blocks included: a multiple of ``m_step``."""
-    return round_up(max(group_bytes // row_bytes, 4 * m_step), m_step)
-
-
-@dataclass(frozen=True)
-class Extents:
-    """What the panels are sized by: rows and row blocks of the largest group, rows of the largest segment."""
-
-    rows: int
-    blocks: int
-    segment_rows: int
-
-
-def worst_extents(rows: int, active: tuple[int, int], m_step: int, limit: int) -> Extents:
-    """Extents that no routing exceeds, whichever experts the rows go to.
-
-    Each extent is reached by some routing, and all three by the same one where an expert can fill a group: an expert
-    with most of the rows has the largest segment, and one row on each of the others begins the most row blocks.
-
-    Args:
-        rows: of the call; a call with fewer has smaller extents.
-        active: fewest and most experts that these rows go to.
-        m_step: rows of a row block.
-        limit: from :func:`group_limit`.
-    """
-    fewest, most = active
-    return Extents(
-        rows=min(rows, limit),
-        blocks=min(most + (rows - most) // m_step, limit // m_step),
-        segment_rows=min(rows - fewest + 1, limit) if rows else 0,
-    )
-
-
-def plan_groups(
-    active: npt.NDArray[np.int64],
-    offsets: npt.NDArray[np.int64],
-    m_step: int,
-    row_bytes: int,
-    group_bytes: int = GROUP_BYTES,
-) -> Groups:
-    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit ``group_bytes``.
-
-    An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
-    the routing and the shape alone, never on the number of threads.
-    """
-    limit = group_limit(m_step, row_bytes, group_bytes)
-    segments: list[tuple[int, int, int, int]] = []
-    bounds = [0]
-    rows = blocks = most_rows = most_blocks = 0
-    for expert, begin, end in zip(active.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        pieces = ceil_div(end - begin, limit)
-        cuts = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
-        for first, last in pairwise(cuts):
-            more = ceil_div(last - first, m_step)
-            if blocks and ((blocks + more) * m_step > limit or segments[-1][0] == expert):
-                bounds.append(len(segments))
-                rows = blocks = 0
-            segments.append((expert, first, last - first, blocks))
-            rows += last - first
-            blocks += more
-            most_rows, most_blocks = max(most_rows, rows), max(most_blocks, blocks)
-    if segments:
-        bounds.append(len(segments))
-    return Groups(
-        np.array(segments, dtype=np.int64).reshape(-1, 4),
-        np.array(bounds, dtype=np.int64),
-        most_rows,
-        most_blocks,
-        max((count for _, _, count, _ in segments), default=0),
-    )

@@ -39,7 +39,7 @@ struct Life {
 struct Checks {
   char* arena;
   uint32_t* owners;  // of each line
-  Life* lives;       // in the order of the scratch pointers of Call
+  Life* lives;       // one for each field of Call, most of them of no buffer
   int64_t step;      // the present one
   int64_t entered;   // steps entered so far, in all groups
   Fault fault;
@@ -51,14 +51,14 @@ struct Checks {
 };
 
 inline constexpr int64_t kLine = 64;
-inline constexpr int64_t kBuffers = (offsetof(Call, weights_stride) - offsetof(Call, sums)) / sizeof(void*);
+inline constexpr int64_t kFields = sizeof(Call) / sizeof(void*);
 inline constexpr int64_t kCanary = 0x7fc0dead7fc0dead;  // NaNs too, for a reader
 inline constexpr uint32_t kPoison = 0x7fc07fc0;         // a NaN as float32 and as two bfloat16
 
-// Place of a buffer among the scratch pointers of Call.
+// Place of the pointer to a buffer among the fields of Call.
 template <class T>
-int64_t index_of(const Call& call, T* Call::* buffer) {
-  return (reinterpret_cast<const char*>(&(call.*buffer)) - reinterpret_cast<const char*>(&call.sums)) /
+int64_t index_of(const Call& call, T* const& buffer) {
+  return (reinterpret_cast<const char*>(&buffer) - reinterpret_cast<const char*>(&call)) /
          static_cast<int64_t>(sizeof(void*));
 }
 
@@ -91,7 +91,7 @@ inline void check_access(Checks& checks, Access access, int64_t buffer, int64_t 
   const int64_t begin = reinterpret_cast<intptr_t>(at) - reinterpret_cast<intptr_t>(checks.arena);
   if (begin < life.offset || begin + bytes > life.offset + life.nbytes)
     return record(checks, Fault::outside_buffer, buffer, begin, 0);
-  const auto own = static_cast<uint32_t>(1 + buffer + part * kBuffers);
+  const auto own = static_cast<uint32_t>(1 + buffer + part * kFields);
   for (int64_t line = begin / kLine; line * kLine < begin + bytes; ++line) {
     uint32_t owner = __atomic_load_n(checks.owners + line, __ATOMIC_RELAXED);
     if (owner == own) continue;
@@ -137,36 +137,38 @@ inline void end_life(Checks& checks, int64_t buffer) {
 
 // Ends the lives that do not reach `step`, then begins those that do. Step 0 begins a group, which only the
 // token sums outlive.
-inline void change_lives(Checks& checks, int64_t step) {
-  for (int64_t buffer = 0; buffer < kBuffers; ++buffer) {
+inline void change_lives(Checks& checks, int64_t step, int64_t sums) {
+  for (int64_t buffer = 0; buffer < kFields; ++buffer) {
     const Life& life = checks.lives[buffer];
-    const bool new_group = step == 0 && buffer != 0;
+    const bool new_group = step == 0 && buffer != sums;
     if (life.alive && (step > life.last || new_group)) end_life(checks, buffer);
   }
   checks.step = step;
   ++checks.entered;
-  for (int64_t buffer = 0; buffer < kBuffers; ++buffer) {
+  for (int64_t buffer = 0; buffer < kFields; ++buffer) {
     Life& life = checks.lives[buffer];
     if (life.nbytes && !life.alive && life.first <= step && step <= life.last) begin_life(checks, life);
   }
 }
 
-// Says that this thread is about to read or write `bytes` of a buffer.
-template <Shape S, class T>
-void announce(const Call& call, Access access, T* Call::* buffer, const void* at, int64_t bytes) {
+// Says that this thread is about to read or write `bytes` of a buffer, and gives back where.
+template <Shape S, class T, class At>
+[[gnu::always_inline]] inline At* touch(const Call& call, Access access, T* const& buffer, At* at,
+                                        int64_t bytes) {
   if constexpr (S.watch == Watch::memory) {
     const int64_t index = index_of(call, buffer);
-    const int64_t part = index < index_of(call, &Call::thread_weights) ? 0 : omp_get_thread_num();
+    const int64_t part = index < index_of(call, call.thread_weights.data) ? 0 : omp_get_thread_num();
     if (bytes > 0) check_access(*call.checks, access, index, part, at, bytes);
   }
+  return at;
 }
 
 // Called by all threads, after the barrier of the step before; `step` as the lives of the plan count them.
 template <Shape S, class AnyStep>
-void enter_step(const Call& call, AnyStep step) {
+[[gnu::always_inline]] inline void enter_step(const Call& call, AnyStep step) {
   if constexpr (S.watch == Watch::memory) {
 #pragma omp single
-    change_lives(*call.checks, static_cast<int64_t>(step));
+    change_lives(*call.checks, static_cast<int64_t>(step), index_of(call, call.sums));
   }
 }
 
@@ -174,8 +176,9 @@ void enter_step(const Call& call, AnyStep step) {
 template <Shape S>
 void enter_call(const Call& call) {
   if constexpr (S.watch == Watch::memory) {
+    Life& sums = call.checks->lives[index_of(call, call.sums)];
 #pragma omp single
-    if (call.sums && call.checks->lives[0].first == 0) begin_life(*call.checks, call.checks->lives[0]);
+    if (call.sums && sums.first == 0) begin_life(*call.checks, sums);
   }
 }
 
@@ -183,7 +186,7 @@ template <Shape S>
 void leave_call(const Call& call) {
   if constexpr (S.watch == Watch::memory) {
 #pragma omp single
-    for (int64_t buffer = 0; buffer < kBuffers; ++buffer)
+    for (int64_t buffer = 0; buffer < kFields; ++buffer)
       if (call.checks->lives[buffer].alive) end_life(*call.checks, buffer);
   }
 }

@@ -1,0 +1,122 @@
+"""How the rows of a call are cut: into segments of one expert, and into groups of segments that share the panels."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from jitmoe.plan.shapes import ceil_div, round_up
+
+GROUP_BYTES = 24 << 20
+"""Panels of one group: rows of several experts that go through the steps together."""
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What the scratch of a call is sized by.
+
+    Attributes:
+        tokens: T.
+        rows: rows of the largest group.
+        blocks: row blocks of the largest group.
+        segment_rows: rows of the largest segment.
+        rank: LoRA rank, 0 without LoRA.
+        threads: threads of the call; each has scratch of its own.
+    """
+
+    tokens: int
+    rows: int
+    blocks: int
+    segment_rows: int
+    rank: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows cut into segments and segments into groups.
+
+    Attributes:
+        segments: [n, 4] int64: expert, first row, rows, first row block in the group (``Segment`` in call.hpp).
+        bounds: [groups + 1] int64, ranges of segments that share the panels at one time.
+        m_step: rows of a row block.
+    """
+
+    segments: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int64]
+    m_step: int
+
+    def extents(self, tokens: int, rank: int, threads: int) -> Extents:
+        """The extents of a call of so many tokens that is cut like this."""
+        if not len(self.segments):
+            return Extents(tokens, 0, 0, 0, rank, threads)
+        rows = self.segments[:, 2]
+        group_rows = np.add.reduceat(rows, self.bounds[:-1])
+        last = self.segments[self.bounds[1:] - 1]
+        blocks = last[:, 3] - (-last[:, 2] // self.m_step)
+        return Extents(tokens, int(group_rows.max()), int(blocks.max()), int(rows.max()), rank, threads)
+
+
+def group_limit(m_step: int, row_bytes: int, group_bytes: int = GROUP_BYTES) -> int:
+    """Rows of a group at the most, padding of their row blocks included: a multiple of ``m_step``."""
+    return round_up(max(group_bytes // row_bytes, 4 * m_step), m_step)
+
+
+def worst_extents(
+    tokens: int, rows: int, active: tuple[int, int], m_step: int, limit: int, rank: int, threads: int
+) -> Extents:
+    """Extents that no routing exceeds, whichever experts the rows go to.
+
+    Each extent is reached by some routing, and all three by the same one where an expert can fill a group: an expert
+    with most of the rows has the largest segment, and one row on each of the others begins the most row blocks.
+
+    Args:
+        tokens: T.
+        rows: of the call; a call with fewer has smaller extents.
+        active: fewest and most experts that these rows go to.
+        m_step: rows of a row block.
+        limit: from :func:`group_limit`.
+        rank: LoRA rank.
+        threads: of the call.
+    """
+    fewest, most = active
+    return Extents(
+        tokens,
+        rows=min(rows, limit),
+        blocks=min(most + (rows - most) // m_step, limit // m_step),
+        segment_rows=min(rows - fewest + 1, limit) if rows else 0,
+        rank=rank,
+        threads=threads,
+    )
+
+
+def plan_groups(
+    active: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    m_step: int,
+    row_bytes: int,
+    group_bytes: int | None = None,
+) -> Groups:
+    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit ``group_bytes``.
+
+    An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
+    the routing and the shape alone, never on the number of threads.
+    """
+    limit = group_limit(m_step, row_bytes, GROUP_BYTES if group_bytes is None else group_bytes)
+    segments: list[tuple[int, int, int, int]] = []
+    bounds = [0]
+    blocks = 0
+    for expert, begin, end in zip(active.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        pieces = ceil_div(end - begin, limit)
+        cuts = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
+        for first, last in pairwise(cuts):
+            more = ceil_div(last - first, m_step)
+            if blocks and ((blocks + more) * m_step > limit or segments[-1][0] == expert):
+                bounds.append(len(segments))
+                blocks = 0
+            segments.append((expert, first, last - first, blocks))
+            blocks += more
+    if segments:
+        bounds.append(len(segments))
+    return Groups(np.array(segments, dtype=np.int64).reshape(-1, 4), np.array(bounds, dtype=np.int64), m_step)

@@ -1,0 +1,57 @@
+"""The three projections of an expert, as values of one type."""
+
+from dataclasses import dataclass
+
+from jitmoe.plan.shapes import packed_elements
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of gate, up and down: ``lin(v) = v W^T + s (v A^T) B^T``, from ``in_`` columns to ``out``.
+
+    For E experts and rank r: W is [E, out, in_], A is [E, r, in_], B is [E, out, r].
+    """
+
+    name: str
+    out: int
+    in_: int
+
+    @property
+    def base_name(self) -> str:
+        """Name of W in the constructor, in state dicts and in files."""
+        return f"{self.name}_proj"
+
+    @property
+    def packed_elements(self) -> int:
+        """Elements of W of one expert, packed."""
+        return packed_elements(self.out, self.in_)
+
+    def lora_shapes(self, experts: int, rank: int) -> dict[str, tuple[int, int, int]]:
+        """Names and shapes of A and B."""
+        return {
+            f"{self.name}_lora_a": (experts, rank, self.in_),
+            f"{self.name}_lora_b": (experts, self.out, rank),
+        }
+
+
+NAMES = ("gate", "up", "down")
+
+LORA_NAMES = tuple(f"{name}_lora_{matrix}" for name in NAMES for matrix in ("a", "b"))
+"""The six trainable tensors in the order in which they are passed along."""
+
+
+def projections(hidden: int, intermediate: int) -> tuple[Projection, Projection, Projection]:
+    """Gate, up and down of an expert with these sizes."""
+    return (
+        Projection("gate", intermediate, hidden),
+        Projection("up", intermediate, hidden),
+        Projection("down", hidden, intermediate),
+    )
+
+
+def lora_shapes(hidden: int, intermediate: int, experts: int, rank: int) -> dict[str, tuple[int, int, int]]:
+    """Names and shapes of all six LoRA tensors; none where ``rank`` is 0."""
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for projection in projections(hidden, intermediate) if rank else ():
+        shapes |= projection.lora_shapes(experts, rank)
+    return shapes

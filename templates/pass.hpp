@@ -1,0 +1,271 @@
+// The vocabulary of the two passes: what one thread does with row blocks, segments and strips of one group.
+//
+// A step of a pass is a few of these words. Each asks for what it reads and writes by `panel`, `strip` and so on, which
+// tell a checked instance; measures itself in a timed one; and shows a traced one what it computed. The steps in
+// forward.hpp and backward.hpp know nothing of that.
+#pragma once
+#include "lora.hpp"
+#include "gemm/pack.hpp"
+#include "parallel.hpp"
+#include "watch/traced.hpp"
+
+namespace jitmoe {
+
+enum class Name { gate, up, down };
+
+// One projection for the steps: its place in the call, its extents, and what its tensors and phases are called.
+template <Shape S, Name N>
+struct ProjectionOf {
+  const Projection& at;
+  static constexpr bool kDown = N == Name::down;
+  static constexpr int64_t kOut = kDown ? S.hidden : S.intermediate;
+  static constexpr int64_t kIn = kDown ? S.intermediate : S.hidden;
+  static constexpr Tensor kValue = kDown ? Tensor::down : N == Name::up ? Tensor::up : Tensor::gate;
+  static constexpr Tensor kGrad = kDown ? Tensor::dout : N == Name::up ? Tensor::dup : Tensor::dgate;
+  static constexpr Tensor kU = kDown ? Tensor::down_u : N == Name::up ? Tensor::up_u : Tensor::gate_u;
+  static constexpr Tensor kDu = kDown ? Tensor::down_du : N == Name::up ? Tensor::up_du : Tensor::gate_du;
+  static constexpr Phase kForward = kDown ? Phase::down : Phase::gate_up;
+  static constexpr Phase kBackward = kDown ? Phase::act_grad : Phase::x_grad;
+
+  // The first block of a strip of 32 outputs, and of a column of blocks of 32 inputs, one block in each strip.
+  const bf16* strip(int64_t expert, int64_t index) const {
+    return at.weights + expert * packed_elements(kOut, kIn) + index * packed_elements(kStrip, kIn);
+  }
+  const bf16* column(int64_t expert, int64_t index) const {
+    return strip(expert, 0) + index * kBlockElements;
+  }
+};
+
+template <Shape S, class Gemm>
+struct Pass {
+  using Operand = typename Gemm::Operand;
+  using Lora = LoraMatrix<S>;
+  static constexpr bool kTraced = S.watch == Watch::values;
+  static constexpr int64_t kActStrips = ceil_div(S.intermediate, kStrip);
+
+  const Call& call;
+  const Group& group;
+  const Thread& thread;
+  const ProjectionOf<S, Name::gate> gate{call.gate};
+  const ProjectionOf<S, Name::up> up{call.up};
+  const ProjectionOf<S, Name::down> down{call.down};
+
+  // ---- Where things lie. Blocks are taken whole: rows that a block lacks are never written.
+
+  struct BlockRange {
+    int64_t first;
+    int64_t count;
+  };
+  static BlockRange blocks_of(const Block& block) { return {block.index, 1}; }
+  static BlockRange blocks_of(const Segment& segment) {
+    return {segment.block, RowBlocks(segment.rows, S.m_step).count};
+  }
+  template <class Item>
+  Operand* panel(Access access, void* const& buffer, const Item& item, int64_t k) const {
+    const BlockRange blocks = blocks_of(item);
+    Operand* at = static_cast<Operand*>(buffer) + blocks.first * Gemm::block_elements(k);
+    return touch<S>(call, access, buffer, at, blocks.count * Gemm::block_elements(k) * sizeof(Operand));
+  }
+  template <class Item>
+  float* low(Access access, const Projection& of, const Item& item) const {
+    const BlockRange blocks = blocks_of(item);
+    const int64_t elements = call.rank * S.m_step;
+    return touch<S>(call, access, of.low, of.low + blocks.first * elements,
+                    blocks.count * elements * sizeof(float));
+  }
+  // Rows of a buffer [rows of the group, columns].
+  template <class Item>
+  float* rows(Access access, float* const& buffer, const Item& item, int64_t columns) const {
+    return touch<S>(call, access, buffer, buffer + (item.row - group.first_row) * columns,
+                    item.rows * columns * sizeof(float));
+  }
+  // What forward saved of u for the rows of an item; null where it saves nothing.
+  template <class Item>
+  float* saved_u(const Projection& of, const Item& item) const {
+    return of.saved_u ? of.saved_u + item.row * call.rank : nullptr;
+  }
+  // The 32 columns of a segment in a matrix that was saved, or computed again, strip by strip: pieces of 64 bytes a row
+  // would each touch another page.
+  bf16* saved_strip(const Projection& of, const Segment& segment, int64_t strip) const {
+    return of.saved ? of.saved + (strip * call.rows + segment.row) * kStrip : nullptr;
+  }
+  bf16* again_strip(Access access, const Projection& of, const Segment& segment, int64_t strip) const {
+    bf16* at = of.again + (strip * group.rows + segment.row - group.first_row) * kStrip;
+    return touch<S>(call, access, of.again, at, segment.rows * kStrip * sizeof(bf16));
+  }
+  // A strip [rows, 32] of this thread, to be written.
+  float* strip(int64_t index, const Segment& segment) const {
+    const int64_t count = segment.rows * kStrip;
+    return touch<S>(call, Access::write, call.thread_strips.data, thread.strips + index * count,
+                    count * sizeof(float));
+  }
+  bf16* gathered(int64_t count) const {
+    return touch<S>(call, Access::write, call.thread_rows.data, thread.rows, count * sizeof(bf16));
+  }
+  float* lora_strip() const {
+    return touch<S>(call, Access::write, call.thread_lora.data, thread.lora, call.thread_lora.stride);
+  }
+  float* expanded() const {
+    return touch<S>(call, Access::write, call.thread_weights.data, thread.weights,
+                    call.thread_weights.stride);
+  }
+
+  // ---- Tokens to rows, and back.
+
+  void gather(Tensor what, const bf16* tokens, const Block& block, void* const& target) const {
+    constexpr int64_t stride = round_up(S.hidden, kKStep);
+    bf16* rows = gathered(block.rows * stride);
+    {
+      const Lap<S> lap(thread.clocks, Phase::gather);
+      call.gather_rows(tokens, S.hidden, call.row_token + block.row, block.rows, 0, S.hidden, rows, stride);
+      for (int64_t row = 0; row < block.rows; ++row)
+        for (int64_t c = S.hidden; c < stride; ++c) rows[row * stride + c] = 0;
+    }
+    if constexpr (kTraced) observe_rows<S>(call, what, block, rows, stride);
+    const Lap<S> lap(thread.clocks, Phase::pack);
+    Gemm::pack_rows(rows, stride, block.rows, S.hidden, panel(Access::write, target, block, S.hidden));
+  }
+
+  // 32 columns of the tokens of a segment as float32, times their weights where there are any.
+  void gather_strip(const bf16* tokens, const float* weights, const Segment& segment, int64_t column,
+                    int64_t columns, float* strip) const {
+    bf16* rows = gathered(segment.rows * kStrip);
+    call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns, rows,
+                     kStrip);
+    for (int64_t row = 0; row < segment.rows; ++row) {
+      const float weight = weights ? weights[row] : 1.0f;
+      for (int64_t c = 0; c < kStrip; ++c)
+        strip[row * kStrip + c] = weight * to_float(rows[row * kStrip + c]);
+    }
+    clear_padding(strip, segment.rows, columns);
+  }
+
+  // A strip of results to the sums of its tokens, times the routing weights where `weighted`.
+  void add_to_tokens(const Segment& segment, int64_t strip, const float* values, bool weighted) const {
+    float* sums = sums_of<S>(call, Access::read, strip);
+    const Lap<S> lap(thread.clocks, Phase::combine);
+    call.sum_rows(values, kStrip, call.row_token + segment.row, call.row_weight + segment.row, weighted,
+                  segment.rows, 0, smaller(kStrip, S.hidden - strip * kStrip), sums, kStrip);
+  }
+
+  // ---- Low-rank products: u = s v A^T with v [rows, in], du = s dv B with dv [rows, out].
+
+  template <class P>
+  void make_u(const P& of, void* const& v_panel, const Block& block, float* as_rows) const {
+    low_rank(P::kU, of.at, v_panel, block, P::kIn, lora(of.at.a, block).along_columns(), as_rows, nullptr);
+  }
+  template <class P>
+  void make_du(const P& of, void* const& dv_panel, const Block& block, const float* row_weight) const {
+    if (!call.rank) return;
+    low_rank(P::kDu, of.at, dv_panel, block, P::kOut, lora(of.at.b, block).along_rows(),
+             rows(Access::write, of.at.du_rows, block, call.rank), row_weight);
+  }
+  void low_rank(Tensor what, const Projection& of, void* const& v_panel, const Block& block, int64_t k,
+                typename Lora::View matrix, float* as_rows, const float* row_weight) const {
+    if (!call.rank) return;
+    float* product = low(Access::write, of, block);
+    const Operand* v = panel(Access::read, v_panel, block, k);
+    const Lap<S> lap(thread.clocks, Phase::low_rank);
+    low_rank_block<S, Gemm>(v, block.rows, k, matrix, call.rank, static_cast<float>(call.scale), product,
+                            as_rows, row_weight);
+    if constexpr (kTraced) observe_low<S>(call, what, block, product);
+  }
+  static Lora lora(const Matrices<const void>& of, const Block& block) {
+    return {of, block.segment->expert};
+  }
+
+  // ---- Base products with their LoRA K-step, 32 columns at a time.
+
+  // v W^T + u B^T = [v | u] . [W | B]^T for a strip of outputs; `next` is what this thread multiplies with after it.
+  template <class P>
+  void project(const P& of, void* const& v_panel, const Segment& segment, int64_t strip, const bf16* next,
+               float* result) const {
+    const Weights weights{of.strip(segment.expert, strip), next, kBlockElements};
+    const Start start = start_with(of.at, segment, [&](float* b) {
+      load_rows<S, Gemm>({of.at.b, segment.expert}, call.rank, strip * kStrip, width(P::kOut, strip), b);
+    });
+    const Operand* v = panel(Access::read, v_panel, segment, P::kIn);
+    float* scratch = expanded();
+    {
+      const Lap<S> lap(thread.clocks, P::kForward);
+      Gemm::forward(v, segment.rows, P::kIn, weights, start, result, scratch);
+    }
+    if constexpr (kTraced) observe_strip(call, P::kValue, segment, strip, P::kOut, result);
+  }
+
+  // dv W + du A = [dv | du] . [W ; A] for 32 inputs, added to what the strip holds where `add`. The lanes of the result
+  // are in the back end's order.
+  template <class P>
+  void project_back(const P& of, void* const& dv_panel, const Segment& segment, int64_t strip,
+                    const bf16* next, bool add, float* result) const {
+    const Weights weights{of.column(segment.expert, strip), next, packed_elements(kStrip, P::kIn)};
+    Start start = start_with(of.at, segment, [&](float* a) {
+      load_columns<S, Gemm>({of.at.a, segment.expert}, call.rank, strip * kStrip, width(P::kIn, strip), a);
+    });
+    start.zero = !add;
+    const Operand* dv = panel(Access::read, dv_panel, segment, P::kOut);
+    float* scratch = expanded();
+    const Lap<S> lap(thread.clocks, P::kBackward);
+    Gemm::backward(dv, segment.rows, P::kOut, weights, start, result, scratch);
+  }
+
+  // The LoRA K-step: low-rank rows times what `load` puts into a strip of this thread.
+  template <class Load>
+  Start start_with(const Projection& of, const Segment& segment, Load&& load) const {
+    float* matrix = lora_strip();
+    const float* left = low(Access::read, of, segment);
+    const Lap<S> lap(thread.clocks, Phase::low_rank);
+    load(matrix);
+    return {true, left, matrix, call.rank};
+  }
+
+  // ---- Strips: columns of a matrix inside its last strip, and ways in and out.
+
+  static int64_t width(int64_t columns, int64_t strip) { return smaller(kStrip, columns - strip * kStrip); }
+
+  void put(const float* strip, const Segment& segment, int64_t index, void* const& target) const {
+    Operand* at = panel(Access::write, target, segment, S.intermediate);
+    const RowBlocks blocks(segment.rows, S.m_step);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      Gemm::pack_strip(strip + blocks.begin(b) * kStrip, blocks.size(b), index * kStrip,
+                       width(S.intermediate, index), S.intermediate,
+                       at + b * Gemm::block_elements(S.intermediate));
+  }
+  static void store_bf16(const float* strip, int64_t rows, bf16* target) {
+    for (int64_t i = 0; i < rows * kStrip; ++i) target[i] = to_bf16(strip[i]);
+  }
+  // The reverse of store_bf16, with zeros beyond the edge of the matrix.
+  static void load_bf16(const bf16* saved, int64_t rows, int64_t columns, float* strip) {
+    for (int64_t i = 0; i < rows * kStrip; ++i) strip[i] = to_float(saved[i]);
+    clear_padding(strip, rows, columns);
+  }
+  static void clear_padding(float* strip, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = columns; c < kStrip; ++c) strip[row * kStrip + c] = 0.0f;
+  }
+  void show(Tensor what, const Segment& segment, int64_t strip, int64_t columns, const float* values) const {
+    if constexpr (kTraced) observe_strip(call, what, segment, strip, columns, values);
+  }
+
+  // ---- Gradients of LoRA: += low-rank rows^T . strip.
+
+  template <class P>
+  void add_a_grad(const P& of, const float* du_rows, const Segment& segment, int64_t strip,
+                  const float* values) const {
+    add_grad<Gemm>(du_rows, segment.rows, call.rank, values,
+                   a_strip(of.at.a_grad, segment.expert, strip * kStrip, width(P::kIn, strip), first(segment)),
+                   lora_strip());
+  }
+  template <class P>
+  void add_b_grad(const P& of, const float* u_rows, const Segment& segment, int64_t strip,
+                  const float* values) const {
+    add_grad<Gemm>(u_rows, segment.rows, call.rank, values,
+                   b_strip(of.at.b_grad, segment.expert, strip * kStrip, width(P::kOut, strip), first(segment)),
+                   lora_strip());
+  }
+  bool first(const Segment& segment) const {
+    return &segment == call.segments || (&segment)[-1].expert != segment.expert;
+  }
+};
+
+}  // namespace jitmoe
