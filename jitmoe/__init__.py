@@ -8,7 +8,7 @@ from jitmoe.config import MoEConfig
 from jitmoe.experts import observer
 from jitmoe.experts.workspace import release_memory
 from jitmoe.jit.build import build
-from jitmoe.memory.budget import MemoryPlan
+from jitmoe.memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from jitmoe.experts.layer import MoELayer

@@ -37,7 +37,7 @@ class MoEConfig:
         batch_invariant: a token's results do not depend on which other tokens share the call.
         recompute: save nothing for backward and compute gate and up again there.
         memory_budget: bytes that the layer and one call of it may hold at once (see
-            :class:`~jitmoe.memory.budget.MemoryPlan`); more is a :class:`~jitmoe.errors.BudgetError` before anything is
+            :class:`~jitmoe.memory.plan.MemoryPlan`); more is a :class:`~jitmoe.errors.BudgetError` before anything is
             allocated. None is no limit.
 
     Raises:

@@ -29,7 +29,7 @@ from jitmoe.errors import PlanError
 from jitmoe.experts import call, ops, workspace
 from jitmoe.experts.workspace import Arenas, Blocks
 from jitmoe.jit.render import template_dir
-from jitmoe.memory.budget import Held
+from jitmoe.memory.tensors import Held
 from jitmoe.plan import scratch, shapes
 from jitmoe.plan.scratch import (
     ALIGNMENT,

@@ -18,8 +18,8 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import BenchError
 from jitmoe.experts.workspace import arenas
 from jitmoe.jit import kernels
-from jitmoe.memory.budget import MemoryPlan
 from jitmoe.memory.estimate import available_memory
+from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.data import Batch, batches
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.shapes import plan_kernels

@@ -16,7 +16,7 @@ from jitmoe.bench.measure import Measurement, Options, Outcome, compare
 from jitmoe.bench.phases import LORA, STEPS, Phases, measure_phases
 from jitmoe.bench.report import outcome_table
 from jitmoe.bench.startup import Startup, measure_startup
-from jitmoe.memory.budget import MemoryPlan
+from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, find_workload
 from jitmoe.text import table
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from jitmoe.config import MAX_SIZE, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
-from jitmoe.memory.budget import KINDS, MemoryPlan, kernels_of, plan_call
+from jitmoe.memory.plan import MemoryPlan, kernels_of, plan_call
+from jitmoe.memory.tensors import KINDS
 from jitmoe.plan.groups import GROUP_BYTES
 from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.text import size, table

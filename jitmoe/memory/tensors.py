@@ -1,0 +1,115 @@
+"""Every tensor of a layer and of one call of it that lies outside the arena: what it is for, and when it is alive."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jitmoe.config import MoEConfig
+from jitmoe.plan.placement import ITEM_BYTES
+from jitmoe.plan.projections import lora_shapes, projections
+from jitmoe.plan.scratch import FORWARD_STEPS, saved_tensors
+
+HeldKind = Literal["packed weight", "parameter", "gradient", "saved", "input", "result", "transient"]
+"""What memory outside the arena is for:
+
+- packed weight, parameter: the layer's own;
+- gradient: ``.grad`` of the parameters, from former calls;
+- saved: what autograd keeps of one call until its backward;
+- input: the caller's tensors that nothing is saved of;
+- result: out and what backward returns for x and the routing weights;
+- transient: of one pass, and gone with it.
+"""
+
+Kind = HeldKind | Literal["scratch"]
+
+KINDS: tuple[Kind, ...] = (
+    "packed weight",
+    "parameter",
+    "gradient",
+    "saved",
+    "input",
+    "result",
+    "transient",
+    "scratch",
+)
+"""In the order of tables."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor outside the arena, alive from step ``first`` to step ``last`` of its plan, both included.
+
+    Not a :class:`~jitmoe.plan.scratch.Buffer`: it has no offset, and the planner of the arena takes none of these.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: HeldKind
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
+    """Packed weights and parameters, alive to step ``last``."""
+    held = [
+        Held(f"packed_{p.name}", (config.num_experts, p.packed_elements), "int16", "packed weight", 0, last)
+        for p in projections(config.hidden_size, config.intermediate_size)
+    ]
+    return held + [Held(name, shape, lora_dtype, "parameter", 0, last) for name, shape in _lora(config).items()]
+
+
+def _lora(config: MoEConfig) -> dict[str, tuple[int, int, int]]:
+    return lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, config.lora_rank)
+
+
+def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, last: int) -> list[Held]:
+    """Tensors of T or S = T K rows, named as in the layer; those that the layer casts to bfloat16, ``... operand``."""
+    slots, wide = tokens * config.top_k, (tokens, config.hidden_size)
+    forward_end = len(FORWARD_STEPS)
+    x_kind: HeldKind = "saved" if training else "input"
+    route_kind: HeldKind = "saved" if training else "transient"
+    held = [
+        Held("x", wide, x_dtype, x_kind, 1, last),
+        Held("weights", (tokens, config.top_k), "float32", x_kind, 1, last),
+        Held("topk_ids", (tokens, config.top_k), "int64", "input", 1, last),
+        Held("out", wide, x_dtype, "result", 1, last),
+    ]
+    held += [Held(name, (slots,), "int64", route_kind, 1, last) for name in ("row_token", "row_slot")]
+    held.append(Held("forward row_weight", (slots,), "float32", "transient", 1, forward_end))
+    if x_dtype == "float32":
+        held.append(Held("forward x operand", wide, "bfloat16", "transient", 1, forward_end))
+    if not training:
+        return held
+    start = forward_end + 1
+    if not config.recompute:
+        saved = saved_tensors(config.intermediate_size, slots, config.lora_rank)
+        held += [Held(s.name, s.shape, s.dtype, "saved", 1, last) for s in saved]
+    held += [
+        Held("out.grad", wide, x_dtype, "input", start, last),
+        Held("backward row_weight", (slots,), "float32", "transient", start, last - 1),
+        Held("x.grad", wide, x_dtype, "result", start, last),
+        Held("weights.grad", (tokens, config.top_k), "float32", "result", start, last),
+    ]
+    if x_dtype == "float32":
+        names = ("backward x operand", "out.grad operand")
+        held += [Held(name, wide, "bfloat16", "transient", start, last) for name in names]
+    return held
+
+
+def gradient_tensors(config: MoEConfig, lora_dtype: str, start: int, last: int) -> list[Held]:
+    """Those of former calls, and the new ones in float32, cast at the end where the parameters are bfloat16."""
+    held = []
+    for name, shape in _lora(config).items():
+        held += [
+            Held(f"{name}.grad", shape, lora_dtype, "gradient", 0, last),
+            Held(f"new {name}.grad", shape, "float32", "transient", start, last),
+        ]
+        if lora_dtype != "float32":
+            held.append(Held(f"new {name}.grad, cast", shape, lora_dtype, "transient", last, last))
+    return held
