@@ -58,7 +58,7 @@ class CacheSecurityError(JitmoeError, RuntimeError):
 
 
 class KernelError(JitmoeError, RuntimeError):
-    """A compiled kernel refused a call; the status it returned is in the message."""
+    """A compiled kernel is of another version of jitmoe, or would be given a field that it does not know."""
 
 
 class BenchError(JitmoeError, RuntimeError):

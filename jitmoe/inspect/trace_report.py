@@ -169,7 +169,7 @@ class Report:
     def first(self) -> Finding | None:
         """The first value that is not finite although all that its step read is; None if there is none.
 
-        What lies in scratch before a call, and in weights that no token needs, is shown in the table, but no step
+        What lies before a call in scratch, and beside the weights in their padding, is shown in the table, but no step
         reads it: it is not found here.
         """
         return next((call.first for call in self.calls if call.first), None)

@@ -1,7 +1,4 @@
-"""What the library decides: which kernels a config needs and which one a call takes.
-
-All shape arithmetic lives here, on frozen, printable objects. Nothing is allocated.
-"""
+"""Which kernels a config needs and which one a call takes, as frozen, printable shapes."""
 
 from dataclasses import dataclass
 from functools import lru_cache
