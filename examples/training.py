@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from model import BASE_NAMES, DecoderLM, ModelConfig, PlainExperts
+from progress import progress
 from report import Curves
 from safetensors.torch import load_file, save_file
 from text import Corpus, all_windows, random_batches
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import jitmoe
 
@@ -42,19 +42,14 @@ def train_steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: math.sin(math.pi * ((step + 1) / (steps + 1)) ** 0.5)
     )
-    seconds = 0.0
-    with tqdm(batches, desc=f"{name:14}", total=steps, unit="step", dynamic_ncols=True) as bar:
-        for step, batch in enumerate(bar, start=1):
-            start = time.perf_counter()
-            loss = model.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            seconds += time.perf_counter() - start
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {step * BATCH * MODEL.context / seconds:.0f} tokens/s")
-            yield loss.item()
+    for batch in progress(batches, steps, name):
+        loss = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
 
 
 def jitmoe_experts(config: jitmoe.MoEConfig) -> MakeExperts:
