@@ -27,7 +27,7 @@ def pretrain(corpus: Corpus, steps: int, seed: int, path: Path) -> None:
     torch.manual_seed(seed)
     model = DecoderLM(MODEL)
     batches = random_batches(corpus.pretraining, BATCH, MODEL.context, steps, seed)
-    for _ in train_steps("pre-training", model, batches, steps, learning_rate=2e-3):
+    for _ in train_steps("pre-training", model, batches, steps, learning_rate=4e-3):
         pass
     is_base = {name: name.endswith(BASE_NAMES) for name in model.state_dict()}
     save_file({name: t.bfloat16() if is_base[name] else t for name, t in model.state_dict().items()}, path)
@@ -92,9 +92,9 @@ def finetune(name: str, model: DecoderLM, corpus: Corpus, steps: int, seed: int)
     curves = Curves(name, tokens=steps * BATCH * MODEL.context)
     batches = random_batches(corpus.train, BATCH, MODEL.context, steps, seed + 1)
     curves.validation[0] = validation_loss(model, corpus)
-    between = max(1, steps // 6)
+    between = max(1, steps // 4)
     start = time.perf_counter()
-    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=2e-3), start=1):
+    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=5e-3), start=1):
         curves.train.append(loss)
         if step % between == 0 or step == steps:
             curves.seconds += time.perf_counter() - start
