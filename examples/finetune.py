@@ -1,7 +1,7 @@
 """Fine-tune LoRA adapters on the frozen experts of a language model, beside plain torch on the same batches.
 
-A small decoder is pre-trained on one part of Python's help texts and saved. From that file three runs train the same
-adapters, from the same values, on the same batches of another part: through jitmoe, through plain bfloat16 torch (the
+A small decoder is pre-trained on Python's help texts and saved. From that file three runs train the same adapters,
+from the same values, on the same batches of Python source: through jitmoe, through plain bfloat16 torch (the
 reference), and through plain float32 torch. The distance between the last two is what bfloat16 explains: the distance
 between jitmoe and the reference may be FACTOR times as large, and the validation loss must fall. Else the exit
 status is 1.
@@ -76,9 +76,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="directory to write to (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=positive, default=120, help="fine-tuning steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=60, help="fine-tuning steps (default: %(default)s)")
     parser.add_argument(
-        "--pretrain-steps", type=positive, default=200, help="steps for the base (default: %(default)s)"
+        "--pretrain-steps", type=positive, default=100, help="steps for the base (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the values and the batches (default: %(default)s)")
     parser.add_argument(

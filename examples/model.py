@@ -20,11 +20,11 @@ BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 class ModelConfig:
     """Sizes of the model; its words are bytes."""
 
-    layers: int = 4
+    layers: int = 2
     hidden: int = 128
     heads: int = 4
     experts: int = 16
-    intermediate: int = 128
+    intermediate: int = 64
     top_k: int = 2
     context: int = 128
     vocabulary: int = 256

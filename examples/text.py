@@ -1,5 +1,7 @@
-"""The text: the help topics that every CPython carries, as bytes."""
+"""The text: what every CPython carries, as bytes."""
 
+import argparse
+import inspect
 import pydoc_data.topics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +22,10 @@ class Corpus:
 
 
 def load_corpus() -> Corpus:
-    """Two of three topics for pre-training; every tenth block of the others is held out from fine-tuning."""
-    topics = [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
-    pretraining = b"".join(topic for i, topic in enumerate(topics) if i % 3)
-    others = b"".join(topics[::3])
-    blocks = [others[i : i + BLOCK] for i in range(0, len(others), BLOCK)]
+    """Help topics for pre-training, a module's source for fine-tuning: every tenth block of it is held out."""
+    pretraining = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()
+    source = inspect.getsource(argparse).encode()
+    blocks = [source[i : i + BLOCK] for i in range(0, len(source), BLOCK)]
     train = b"".join(block for i, block in enumerate(blocks) if i % 10)
     return Corpus(*(torch.tensor(list(part)) for part in (pretraining, train, b"".join(blocks[::10]))))
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from model import BASE_NAMES, DecoderLM, ModelConfig, PlainExperts
+from progress import progress
 from report import Curves
 from safetensors.torch import load_file, save_file
 from text import Corpus, all_windows, random_batches
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import jitmoe
 
@@ -27,7 +27,7 @@ def pretrain(corpus: Corpus, steps: int, seed: int, path: Path) -> None:
     torch.manual_seed(seed)
     model = DecoderLM(MODEL)
     batches = random_batches(corpus.pretraining, BATCH, MODEL.context, steps, seed)
-    for _ in train_steps("pre-training", model, batches, steps, learning_rate=2e-3):
+    for _ in train_steps("pre-training", model, batches, steps, learning_rate=4e-3):
         pass
     is_base = {name: name.endswith(BASE_NAMES) for name in model.state_dict()}
     save_file({name: t.bfloat16() if is_base[name] else t for name, t in model.state_dict().items()}, path)
@@ -42,19 +42,14 @@ def train_steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: math.sin(math.pi * ((step + 1) / (steps + 1)) ** 0.5)
     )
-    seconds = 0.0
-    with tqdm(batches, desc=f"{name:14}", total=steps, unit="step", dynamic_ncols=True) as bar:
-        for step, batch in enumerate(bar, start=1):
-            start = time.perf_counter()
-            loss = model.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            seconds += time.perf_counter() - start
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {step * BATCH * MODEL.context / seconds:.0f} tokens/s")
-            yield loss.item()
+    for batch in progress(batches, steps, name):
+        loss = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
 
 
 def jitmoe_experts(config: jitmoe.MoEConfig) -> MakeExperts:
@@ -97,9 +92,9 @@ def finetune(name: str, model: DecoderLM, corpus: Corpus, steps: int, seed: int)
     curves = Curves(name, tokens=steps * BATCH * MODEL.context)
     batches = random_batches(corpus.train, BATCH, MODEL.context, steps, seed + 1)
     curves.validation[0] = validation_loss(model, corpus)
-    between = max(1, steps // 6)
+    between = max(1, steps // 4)
     start = time.perf_counter()
-    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=2e-3), start=1):
+    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=5e-3), start=1):
         curves.train.append(loss)
         if step % between == 0 or step == steps:
             curves.seconds += time.perf_counter() - start
