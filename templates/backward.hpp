@@ -123,19 +123,19 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
 
   // out = [out_grad | s out_grad B] . [W_down ; A] for 32 columns of I.
   void down_product(const Segment& segment, int64_t strip, float* out) const {
-    const Start start =
+    const SumStart start =
         start_of_a(segment, call.down_low, this->down_a(segment.expert), strip, S.intermediate);
     const Lap<S> lap(scratch, Step::act_grad);
     const bf16* blocks = this->down_strip(segment.expert, 0) + strip * kBlockElements;
     const Weights weights{blocks, blocks + kBlockElements, packed_elements(kStrip, S.intermediate)};
     Gemm::backward(this->panel(call.out_panel, segment.block, S.hidden), segment.rows, S.hidden, weights,
                    start, out, scratch.weights);
-    Gemm::settle(out, segment.rows);
+    Gemm::to_natural_order(out, segment.rows);
   }
 
   // The LoRA K-step of 32 columns of a product with A [r, width].
-  Start start_of_a(const Segment& segment, float* low_panel, typename Base::Lora a, int64_t strip,
-                   int64_t width) const {
+  SumStart start_of_a(const Segment& segment, float* low_panel, typename Base::Lora a, int64_t strip,
+                      int64_t width) const {
     return this->start_of(segment, low_panel, [&](float* lora) {
       load_columns<S, Gemm>(a, call.rank, strip * kStrip, smaller(kStrip, width - strip * kStrip), lora);
     });
@@ -222,8 +222,8 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
   static void activation_grad(float weight, float* out, float* acts, float* gates, float* ups) {
 #pragma omp simd
     for (int64_t c = 0; c < kStrip; ++c) {
-      const Activation result = activate(gates[c], ups[c]);
-      const float a = round_to_bf16(result.a);
+      const ActivationGradient result = ActivationOf<S.activation>::gradient(gates[c], ups[c]);
+      const float a = round_to_bf16(result.value);
       gates[c] = weight * out[c] * result.by_gate;
       ups[c] = weight * out[c] * result.by_up;
       out[c] = out[c] * a;
@@ -314,17 +314,17 @@ struct BackwardSteps : ForwardSteps<S, Gemm> {
     const bf16* gate = this->gate_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* up = this->up_strip(segment.expert, 0) + strip * kBlockElements;
     const bf16* following = this->gate_strip(next.expert, 0) + next.strip * kBlockElements;
-    Start start = start_of_a(segment, call.gate_low, this->gate_a(segment.expert), strip, S.hidden);
+    SumStart start = start_of_a(segment, call.gate_low, this->gate_a(segment.expert), strip, S.hidden);
     multiply_back(segment, call.gate_panel, gate, up, start, sum);
     start = start_of_a(segment, call.up_low, this->up_a(segment.expert), strip, S.hidden);
-    start.zero = false;
-    multiply_back(segment, call.up_panel, up, following, start, sum);
+    multiply_back(segment, call.up_panel, up, following,
+                  SumStart::strip(sum).with_lora(start.low, start.lora, start.rank), sum);
     const Lap<S> lap(scratch, Step::x_grad);
-    Gemm::settle(sum, segment.rows);
+    Gemm::to_natural_order(sum, segment.rows);
   }
 
   void multiply_back(const Segment& segment, void* panel, const bf16* blocks, const bf16* next,
-                     const Start& start, float* sum) const {
+                     const SumStart& start, float* sum) const {
     const Lap<S> lap(scratch, Step::x_grad);
     const Weights weights{blocks, next, packed_elements(kStrip, S.hidden)};
     Gemm::backward(this->panel(panel, segment.block, S.intermediate), segment.rows, S.intermediate, weights,

@@ -127,7 +127,7 @@ struct ForwardSteps {
   // result = [x | u] . [W | B]^T for 32 columns of `out`.
   void project(const Segment& segment, void* x_panel, int64_t in, const Weights& weights, float* low_panel,
                Lora b, int64_t column, int64_t out, Step step, float* result) const {
-    const Start start = start_of(segment, low_panel, [&](float* strip) {
+    const SumStart start = start_of(segment, low_panel, [&](float* strip) {
       load_rows<S, Gemm>(b, call.rank, column, smaller(kStrip, out - column), strip);
     });
     const Lap<S> lap(scratch, step);
@@ -137,10 +137,10 @@ struct ForwardSteps {
 
   // The LoRA K-step of 32 columns of a product: low-rank rows times what `load` puts into a strip.
   template <class Load>
-  Start start_of(const Segment& segment, float* low_panel, Load&& load) const {
+  SumStart start_of(const Segment& segment, float* low_panel, Load&& load) const {
     const Lap<S> lap(scratch, Step::low_rank);
     load(scratch.lora);
-    return {true, low(low_panel, segment.block), scratch.lora, call.rank};
+    return SumStart::zeros().with_lora(low(low_panel, segment.block), scratch.lora, call.rank);
   }
 
   // Gate and up of 32 columns; their activation goes into act_panel, their values where `gate` and `up`
@@ -175,7 +175,8 @@ struct ForwardSteps {
     }
     if (!act_panel) return;
 #pragma omp simd
-    for (int64_t i = 0; i < segment.rows * kStrip; ++i) gates[i] = round_to_bf16(silu(gates[i]) * ups[i]);
+    for (int64_t i = 0; i < segment.rows * kStrip; ++i)
+      gates[i] = round_to_bf16(ActivationOf<S.activation>::value(gates[i], ups[i]));
     if constexpr (kTraced) observe_strip(call, Observed::act, segment, strip, S.intermediate, gates);
     store_panel(gates, segment, column, columns, act_panel);
   }

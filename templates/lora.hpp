@@ -45,7 +45,7 @@ template <Shape S, class Gemm>
 void load_rows(const LoraMatrix<S>& b, int64_t rank, int64_t first, int64_t count, float* strip) {
   const auto* from = b.data + first * b.columns;
   if constexpr (!S.lora_bf16) {
-    Gemm::template turn<true>(from, b.columns, count, rank, strip, kStrip);
+    Gemm::transpose_padded(from, b.columns, count, rank, strip, kStrip);
   } else {
     for (int64_t r = 0; r < rank; ++r)
       for (int64_t c = 0; c < kStrip; ++c)
@@ -105,9 +105,9 @@ void add_b_grad(const float* low_rows, int64_t rows, int64_t rank, const float* 
   if (to.first)
     std::memset(scratch, 0, rank * kStrip * sizeof(float));
   else
-    Gemm::template turn<true>(place, rank, to.columns, rank, scratch, kStrip);
+    Gemm::transpose_padded(place, rank, to.columns, rank, scratch, kStrip);
   Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
-  Gemm::template turn<false>(scratch, kStrip, rank, to.columns, place, rank);
+  Gemm::transpose(scratch, kStrip, rank, to.columns, place, rank);
 }
 
 }  // namespace jitmoe

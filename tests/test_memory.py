@@ -196,7 +196,7 @@ def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> No
 
 def test_the_chunk_mirrors_the_header() -> None:
     """Shapes of the tests are too small to fill a chunk, so a shorter buffer would not be missed."""
-    header = (template_dir() / "gemm" / "interface.hpp").read_text(encoding="utf-8")
+    header = (template_dir() / "gemm" / "tuning.hpp").read_text(encoding="utf-8")
     assert re.findall(r"kChunk = (\d+);", header) == [str(scratch.CHUNK)]
 
 
