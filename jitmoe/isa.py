@@ -1,6 +1,5 @@
 """The one table of instruction sets: what each needs of a CPU, of the compiler and of the plan."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +52,7 @@ class InstructionSet:
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 
-ISAS: Mapping[str, InstructionSet] = {
+ISAS: dict[str, InstructionSet] = {
     isa.name: isa
     for isa in (
         InstructionSet(

@@ -2,7 +2,9 @@
 
 import ctypes
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from jitmoe.errors import BuildError
 from jitmoe.isa import EMULATED_FEATURES, ISAS
 from jitmoe.jit import cpu, toolchain
 from jitmoe.jit.render import template_dir
+from jitmoe.plan import shapes
 
 DRIVER = Path(__file__).parent / "back_end_driver.cpp"
 
@@ -95,7 +98,7 @@ def test_sums_start_from_zeros_a_bias_or_a_strip(isa: str, tmp_path: Path) -> No
     bool(set(cpu.missing_features("amx", cpu.detect())) - EMULATED_FEATURES),
     reason="the emulator needs the AVX-512 registers of the CPU",
 )
-def test_sums_of_amx(tmp_path: Path) -> None:
+def test_sums_start_on_amx(tmp_path: Path) -> None:
     process = Emulated()
     for m_step in ISAS["amx"].m_steps:
         process(check_sums_emulated, m_step, tmp_path)
@@ -105,6 +108,19 @@ def test_sums_of_amx(tmp_path: Path) -> None:
 def check_sums_emulated(m_step: int, folder: Path) -> None:
     cpu.resolve_isa("amx")  # installs the emulator
     check_sums("amx", m_step, folder)
+
+
+@pytest.mark.parametrize(
+    ("enum", "names"),
+    [
+        ("Isa", reversed(ISAS)),
+        ("Activation", get_args(shapes.Activation)),
+        ("Watch", get_args(shapes.Watch)),
+    ],
+)
+def test_names_mirror_the_header(enum: str, names: Iterable[str]) -> None:
+    header = (template_dir() / "shape.hpp").read_text(encoding="utf-8")
+    assert re.findall(rf"enum class {enum} {{ (.*) }};", header) == [", ".join(names)]
 
 
 SHAPE = """

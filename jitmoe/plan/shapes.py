@@ -26,6 +26,9 @@ PACKED_LAYOUT = 1
 """Version of the packed layout (gemm/interface.hpp) and of the files that hold it (packed_file). Raise it when either
 changes."""
 
+Activation = Literal["silu"]
+"""What makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
+
 Watch = Literal["nothing", "time", "memory", "values"]
 """What an instance records about its calls; mirrors ``Watch`` in shape.hpp."""
 
@@ -61,7 +64,7 @@ class Shape:
     padded_rank: int
     m_step: int
     lora_bf16: bool
-    activation: str = "silu"
+    activation: Activation = "silu"
     watch: Watch = "nothing"
 
     @property

@@ -100,14 +100,14 @@ struct GemmF32 {
       const int64_t count = smaller(kChunkBlocks, all - first);
       for (int64_t i = 0; i < count; ++i) fill(weights.block(first + i), scratch + i * kBlockElements);
       const NextChunk next(weights, first, kChunkBlocks, all, blocks.count);
-      const SumStart from = first ? SumStart::strip(strip) : start;
       for (int64_t b = 0; b < blocks.count; ++b)
         Vectors::with_rows(blocks.size(b), [&]<int R>() {
           const float* a = panel + b * block_elements(k) + first * kKStep * R;
+          float* const c = strip + blocks.begin(b) * kStrip;
+          const SumStart from = first ? SumStart::strip(c) : start.of_block(blocks, b);
           for (int64_t column = 0; column < kStrip; column += Vectors::kWidth)
-            Vectors::template multiply<R>(a, R, scratch, smaller(count * kKStep, k - first * kKStep),
-                                          from.of_block(blocks, b), column, strip + blocks.begin(b) * kStrip,
-                                          column == 0 ? &next : nullptr, b);
+            Vectors::template multiply<R>(a, R, scratch, smaller(count * kKStep, k - first * kKStep), from,
+                                          column, c, column == 0 ? &next : nullptr, b);
         });
     }
   }
