@@ -33,7 +33,7 @@ from training import (
 )
 
 import jitmoe
-from jitmoe.config import ISAS
+from jitmoe.isa import ISAS
 
 FACTOR = 3.0
 """Two runs that each round to bfloat16 in their own places are sqrt(2) times as far from each other as one of them is

@@ -4,15 +4,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jitmoe import settings
 from jitmoe.errors import ConfigError
+from jitmoe.isa import ISAS, IsaChoice
 
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "ref")
-"""Instruction sets with kernels, best first; ``ref`` is scalar C++ that any CPU runs."""
+LoraDtype = Literal["float32", "bfloat16"]
 
-LORA_DTYPES = ("float32", "bfloat16")
+LORA_DTYPES: tuple[LoraDtype, ...] = get_args(LoraDtype)
 
 MAX_SIZE = 1 << 40
 """Upper bound of any one size: products of two stay inside a signed 64-bit integer with room."""
@@ -31,7 +31,7 @@ class MoEConfig:
         lora_alpha: numerator of the LoRA scaling.
         use_rslora: scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023) instead of alpha / r.
         lora_dtype: "float32" or "bfloat16", dtype of the six LoRA parameters.
-        isa: "auto" or one of :data:`ISAS`. ``JITMOE_ISA`` overrides it.
+        isa: "auto" or one of :data:`~jitmoe.isa.ISAS`. ``JITMOE_ISA`` overrides it.
         m_step: rows per register block to force, or None to let the planner choose by rows per expert.
         allow_skip: an expert id outside [0, E) is a slot to skip (expert parallelism), not an error.
         batch_invariant: a token's results do not depend on which other tokens share the call.
@@ -51,8 +51,8 @@ class MoEConfig:
     lora_rank: int = 8
     lora_alpha: float = 16.0
     use_rslora: bool = False
-    lora_dtype: str = "float32"
-    isa: str = "auto"
+    lora_dtype: LoraDtype = "float32"
+    isa: IsaChoice = "auto"
     m_step: int | None = None
     allow_skip: bool = False
     batch_invariant: bool = False

@@ -1,4 +1,4 @@
-// silu and its derivative, written for loops over strips that the compiler turns into vectors. A call that it
+// The activations and their derivatives, written for loops over strips that the compiler turns into vectors. A call that it
 // chose not to inline would leave the loop scalar (29 cycles an element instead of 2): hence always_inline.
 #pragma once
 #include <bit>
@@ -36,16 +36,25 @@ namespace jitmoe {
 // x / (1 + e^-x), as torch computes it: -inf gives NaN, +inf gives +inf.
 [[gnu::always_inline]] inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-struct Activation {
-  float a;        // silu(gate) * up
-  float by_gate;  // da / dgate
-  float by_up;    // da / dup
+// An activation: its value, and with the value its derivatives. Each is written once, for both passes.
+template <Activation A>
+struct ActivationOf;
+
+struct ActivationGradient {
+  float value;
+  float by_gate;
+  float by_up;
 };
 
-[[gnu::always_inline]] inline Activation activate(float gate, float up) {
-  const float s = sigmoid(gate);
-  const float value = silu(gate);
-  return {value * up, up * s * (1.0f + gate * (1.0f - s)), value};
-}
+// silu(gate) * up
+template <>
+struct ActivationOf<Activation::silu> {
+  [[gnu::always_inline]] static float value(float gate, float up) { return silu(gate) * up; }
+
+  [[gnu::always_inline]] static ActivationGradient gradient(float gate, float up) {
+    const float s = sigmoid(gate);
+    return {value(gate, up), up * s * (1.0f + gate * (1.0f - s)), silu(gate)};
+  }
+};
 
 }  // namespace jitmoe

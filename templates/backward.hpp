@@ -20,11 +20,11 @@ enum class BackwardStep { load, gate_up, act_grad, low_grads, x_grad };  // BACK
 template <Shape S, class Gemm>
 struct Backward : Forward<S, Gemm> {
   using Base = Forward<S, Gemm>;
+  using Base::add_a_grad, Base::add_b_grad, Base::add_to_tokens, Base::kActStrips;
   using Base::call, Base::gate, Base::up, Base::down, Base::group, Base::thread, Base::kTraced;
   using Base::gather, Base::gather_strip, Base::load_x, Base::make_u, Base::make_du, Base::project_back;
-  using Base::add_a_grad, Base::add_b_grad, Base::add_to_tokens, Base::kActStrips;
-  using Base::strip, Base::rows, Base::saved_u, Base::saved_strip, Base::again_strip;
   using Base::load_bf16, Base::clear_padding, Base::put, Base::show, Base::width;
+  using Base::strip, Base::rows, Base::saved_u, Base::saved_strip, Base::again_strip;
 
   bool recomputes() const { return !call.gate.saved; }
   bool wants_lora() const { return call.rank && call.gate.a_grad.data; }
@@ -63,7 +63,7 @@ struct Backward : Forward<S, Gemm> {
     float* gates = strip(2, segment);
     float* ups = strip(3, segment);
     project_back(down, call.out_panel, segment, index, down.column(segment.expert, index + 1), false, das);
-    Gemm::settle(das, segment.rows);
+    Gemm::to_natural_order(das, segment.rows);
     show(Tensor::dact, segment, index, S.intermediate, das);
     through_activation(segment, index, das, acts, gates, ups);
     if (!wants_lora()) return;
@@ -107,8 +107,8 @@ struct Backward : Forward<S, Gemm> {
   static void activation_grad(float weight, float* das, float* acts, float* gates, float* ups) {
 #pragma omp simd
     for (int64_t c = 0; c < kStrip; ++c) {
-      const Activation result = activate(gates[c], ups[c]);
-      const float a = round_to_bf16(result.a);
+      const ActivationGradient result = ActivationOf<S.activation>::gradient(gates[c], ups[c]);
+      const float a = round_to_bf16(result.value);
       gates[c] = weight * das[c] * result.by_gate;
       ups[c] = weight * das[c] * result.by_up;
       das[c] = das[c] * a;
@@ -146,9 +146,9 @@ struct Backward : Forward<S, Gemm> {
     if (call.sums) {
       float* dx = strip(0, segment);
       project_back(gate, call.gate.grad_panel, segment, index, up.column(segment.expert, index), false, dx);
-      project_back(up, call.up.grad_panel, segment, index, gate.column(following.expert, following.strip), true,
-                   dx);
-      Gemm::settle(dx, segment.rows);
+      project_back(up, call.up.grad_panel, segment, index, gate.column(following.expert, following.strip),
+                   true, dx);
+      Gemm::to_natural_order(dx, segment.rows);
       show(Tensor::dx, segment, index, S.hidden, dx);
       add_to_tokens(segment, index, dx, false);
     }

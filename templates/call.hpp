@@ -51,7 +51,7 @@ struct Projection {
   Matrices<const void> b;  // [E, out, r]
   Matrices<float> a_grad;  // of experts with rows all written, others not; all six null where none is wanted
   Matrices<float> b_grad;
-  bf16* saved;     // gate and up: [strips of I, S, 32] before the activation; forward writes it where not null
+  bf16* saved;  // gate and up: [strips of I, S, 32] before the activation; forward writes it where not null
   float* saved_u;  // [S, r]; null where saved_gate is
   // Scratch; plan/scratch.py has sizes and lifetimes.
   float* low;        // [blocks, r, m_step]: u in forward, du in backward, right operands of the LoRA K-step
@@ -86,11 +86,11 @@ struct Call {
   GatherRows gather_rows;
   SumRows sum_rows;
   // Scratch beside that of the projections. Panels are row block after row block.
-  float* sums;       // [strips of H, T, 32] token sums: a strip belongs to one thread
-  void* x_panel;     // [rows, H] of x; in backward only where gate and up are computed again
-  void* out_panel;   // [rows, H] of the gradient of out
-  void* act_panel;   // [rows, I] of a = silu(gate) * up
-  float* dot_parts;  // [rows, strips of I] parts of the gradient of the routing weights
+  float* sums;                      // [strips of H, T, 32] token sums: a strip belongs to one thread
+  void* x_panel;                    // [rows, H] of x; in backward only where gate and up are computed again
+  void* out_panel;                  // [rows, H] of the gradient of out
+  void* act_panel;                  // [rows, I] of a = silu(gate) * up
+  float* dot_parts;                 // [rows, strips of I] parts of the gradient of the routing weights
   PerThread<float> thread_weights;  // expanded weights
   PerThread<float> thread_strips;   // strips of float32 columns
   PerThread<bf16> thread_rows;      // gathered rows

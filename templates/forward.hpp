@@ -20,9 +20,7 @@ struct Forward : Pass<S, Gemm> {
   using Base::gather, Base::make_u, Base::project, Base::add_to_tokens;
   using Base::strip, Base::saved_u, Base::saved_strip, Base::store_bf16, Base::put, Base::show;
 
-  void load(const Block& block) const {
-    load_x(block, saved_u(call.gate, block), saved_u(call.up, block));
-  }
+  void load(const Block& block) const { load_x(block, saved_u(call.gate, block), saved_u(call.up, block)); }
 
   void load_x(const Block& block, float* gate_u_rows, float* up_u_rows) const {
     gather(Tensor::x, call.x, block, call.x_panel);
@@ -31,7 +29,8 @@ struct Forward : Pass<S, Gemm> {
   }
 
   void gate_up(const Segment& segment, int64_t index) const {
-    gate_up(segment, index, saved_strip(call.gate, segment, index), saved_strip(call.up, segment, index), true);
+    gate_up(segment, index, saved_strip(call.gate, segment, index), saved_strip(call.up, segment, index),
+            true);
   }
 
   // Gate and up go where `gate_to` and `up_to` point, if not null; a into its panel if it is wanted.
@@ -47,7 +46,8 @@ struct Forward : Pass<S, Gemm> {
     }
     if (!wants_act) return;
 #pragma omp simd
-    for (int64_t i = 0; i < segment.rows * kStrip; ++i) gates[i] = round_to_bf16(silu(gates[i]) * ups[i]);
+    for (int64_t i = 0; i < segment.rows * kStrip; ++i)
+      gates[i] = round_to_bf16(ActivationOf<S.activation>::value(gates[i], ups[i]));
     show(Tensor::act, segment, index, S.intermediate, gates);
     put(gates, segment, index, call.act_panel);
   }

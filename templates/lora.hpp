@@ -50,7 +50,7 @@ template <Shape S, class Gemm>
 void load_rows(const LoraMatrix<S>& b, int64_t rank, int64_t first, int64_t count, float* strip) {
   if constexpr (!S.lora_bf16)
     if (b.column == 1)
-      return Gemm::template turn<true>(b.data + first * b.row, b.row, count, rank, strip, kStrip);
+      return Gemm::transpose_padded(b.data + first * b.row, b.row, count, rank, strip, kStrip);
   for (int64_t r = 0; r < rank; ++r)
     for (int64_t c = 0; c < kStrip; ++c) strip[r * kStrip + c] = c < count ? b.at(first + c, r) : 0.0f;
 }
@@ -80,10 +80,12 @@ struct GradStrip {
 };
 
 // Columns `column`... of the gradient [r, in] of an A matrix; rows `column`... of the gradient [out, r] of a B matrix.
-inline GradStrip a_strip(const Matrices<float>& grad, int64_t expert, int64_t column, int64_t lanes, bool first) {
+inline GradStrip a_strip(const Matrices<float>& grad, int64_t expert, int64_t column, int64_t lanes,
+                         bool first) {
   return {grad.data + expert * grad.expert + column * grad.column, grad.row, grad.column, lanes, first};
 }
-inline GradStrip b_strip(const Matrices<float>& grad, int64_t expert, int64_t row, int64_t lanes, bool first) {
+inline GradStrip b_strip(const Matrices<float>& grad, int64_t expert, int64_t row, int64_t lanes,
+                         bool first) {
   return {grad.data + expert * grad.expert + row * grad.row, grad.column, grad.row, lanes, first};
 }
 
@@ -110,15 +112,16 @@ void add_grad(const float* low_rows, int64_t rows, int64_t rank, const float* st
   if (to.first || !transposed) std::memset(scratch, 0, rank * kStrip * sizeof(float));
   if (!to.first) {
     if (transposed)
-      Gemm::template turn<true>(to.at, to.lane_stride, to.lanes, rank, scratch, kStrip);
+      Gemm::transpose_padded(to.at, to.lane_stride, to.lanes, rank, scratch, kStrip);
     else
       load_grad(to, rank, scratch);
   }
   Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
   if (transposed)
-    Gemm::template turn<false>(scratch, kStrip, rank, to.lanes, to.at, to.lane_stride);
+    Gemm::transpose(scratch, kStrip, rank, to.lanes, to.at, to.lane_stride);
   else if (to.lane_stride == 1 && to.lanes == kStrip)
-    store_grad(scratch, rank, kStrip, {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
+    store_grad(scratch, rank, kStrip,
+               {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
   else
     store_grad(scratch, rank, to.lanes, to);
 }

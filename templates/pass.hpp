@@ -4,8 +4,8 @@
 // tell a checked instance; measures itself in a timed one; and shows a traced one what it computed. The steps in
 // forward.hpp and backward.hpp know nothing of that.
 #pragma once
-#include "lora.hpp"
 #include "gemm/pack.hpp"
+#include "lora.hpp"
 #include "parallel.hpp"
 #include "watch/traced.hpp"
 
@@ -170,9 +170,7 @@ struct Pass {
                             as_rows, row_weight);
     if constexpr (kTraced) observe_low<S>(call, what, block, product);
   }
-  static Lora lora(const Matrices<const void>& of, const Block& block) {
-    return {of, block.segment->expert};
-  }
+  static Lora lora(const Matrices<const void>& of, const Block& block) { return {of, block.segment->expert}; }
 
   // ---- Base products with their LoRA K-step, 32 columns at a time.
 
@@ -181,7 +179,7 @@ struct Pass {
   void project(const P& of, void* const& v_panel, const Segment& segment, int64_t strip, const bf16* next,
                float* result) const {
     const Weights weights{of.strip(segment.expert, strip), next, kBlockElements};
-    const Start start = start_with(of.at, segment, [&](float* b) {
+    const SumStart start = with_lora(SumStart::zeros(), of.at, segment, [&](float* b) {
       load_rows<S, Gemm>({of.at.b, segment.expert}, call.rank, strip * kStrip, width(P::kOut, strip), b);
     });
     const Operand* v = panel(Access::read, v_panel, segment, P::kIn);
@@ -199,24 +197,24 @@ struct Pass {
   void project_back(const P& of, void* const& dv_panel, const Segment& segment, int64_t strip,
                     const bf16* next, bool add, float* result) const {
     const Weights weights{of.column(segment.expert, strip), next, packed_elements(kStrip, P::kIn)};
-    Start start = start_with(of.at, segment, [&](float* a) {
+    const SumStart from = add ? SumStart::strip(result) : SumStart::zeros();
+    const SumStart start = with_lora(from, of.at, segment, [&](float* a) {
       load_columns<S, Gemm>({of.at.a, segment.expert}, call.rank, strip * kStrip, width(P::kIn, strip), a);
     });
-    start.zero = !add;
     const Operand* dv = panel(Access::read, dv_panel, segment, P::kOut);
     float* scratch = expanded();
     const Lap<S> lap(thread.clocks, P::kBackward);
     Gemm::backward(dv, segment.rows, P::kOut, weights, start, result, scratch);
   }
 
-  // The LoRA K-step: low-rank rows times what `load` puts into a strip of this thread.
+  // `start` and the LoRA K-step: low-rank rows times what `load` puts into a strip of this thread.
   template <class Load>
-  Start start_with(const Projection& of, const Segment& segment, Load&& load) const {
+  SumStart with_lora(const SumStart& start, const Projection& of, const Segment& segment, Load&& load) const {
     float* matrix = lora_strip();
     const float* left = low(Access::read, of, segment);
     const Lap<S> lap(thread.clocks, Phase::low_rank);
     load(matrix);
-    return {true, left, matrix, call.rank};
+    return start.with_lora(left, matrix, call.rank);
   }
 
   // ---- Strips: columns of a matrix inside its last strip, and ways in and out.
@@ -252,16 +250,18 @@ struct Pass {
   template <class P>
   void add_a_grad(const P& of, const float* du_rows, const Segment& segment, int64_t strip,
                   const float* values) const {
-    add_grad<Gemm>(du_rows, segment.rows, call.rank, values,
-                   a_strip(of.at.a_grad, segment.expert, strip * kStrip, width(P::kIn, strip), first(segment)),
-                   lora_strip());
+    add_grad<Gemm>(
+        du_rows, segment.rows, call.rank, values,
+        a_strip(of.at.a_grad, segment.expert, strip * kStrip, width(P::kIn, strip), first(segment)),
+        lora_strip());
   }
   template <class P>
   void add_b_grad(const P& of, const float* u_rows, const Segment& segment, int64_t strip,
                   const float* values) const {
-    add_grad<Gemm>(u_rows, segment.rows, call.rank, values,
-                   b_strip(of.at.b_grad, segment.expert, strip * kStrip, width(P::kOut, strip), first(segment)),
-                   lora_strip());
+    add_grad<Gemm>(
+        u_rows, segment.rows, call.rank, values,
+        b_strip(of.at.b_grad, segment.expert, strip * kStrip, width(P::kOut, strip), first(segment)),
+        lora_strip());
   }
   bool first(const Segment& segment) const {
     return &segment == call.segments || (&segment)[-1].expert != segment.expert;

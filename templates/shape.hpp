@@ -6,6 +6,9 @@ namespace jitmoe {
 
 enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
 
+// a = activation(gate, up): see activation.hpp.
+enum class Activation { silu };
+
 // What an instance records about its calls, besides computing them. `nothing` costs nothing.
 enum class Watch { nothing, time, memory, values };
 
@@ -16,7 +19,8 @@ struct Shape {
   int64_t padded_rank;   // LoRA rank rounded up to kKStep; 0 without LoRA
   int64_t m_step;        // rows of one register block
   bool lora_bf16;        // LoRA parameters are bfloat16 instead of float32
-  Watch watch;           // time: see Lap in parallel.hpp; memory: see checked.hpp; values: see traced.hpp
+  Activation activation;
+  Watch watch;  // time: see Lap in parallel.hpp; memory: see checked.hpp; values: see traced.hpp
 };
 
 inline constexpr int64_t kKStep = 32;  // columns of a packed block along the contraction
@@ -27,13 +31,22 @@ constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step -
 constexpr int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Rows of a register block, two vectors each: beside the sums, its registers hold two vectors of weights and, on AVX2
+// and AVX-512, one value of a row. AMX takes whole tiles.
+constexpr int64_t most_rows(Isa isa) { return isa == Isa::amx ? 2 * kTile : isa == Isa::avx2 ? 6 : 14; }
+
+// Says in a sentence what is wrong with a shape; whether nothing is.
 template <Shape S>
-constexpr void check_shape() {
-  static_assert(S.hidden > 0 && S.intermediate > 0, "hidden and intermediate sizes must be positive");
-  static_assert(S.padded_rank % kKStep == 0, "padded_rank must be a multiple of 32");
-  static_assert(
-      S.isa == Isa::amx ? S.m_step == 16 || S.m_step == 32 : S.m_step >= 1 && S.m_step <= 14,
-      "m_step must be 16 or 32 on AMX: whole tiles; else 1..14: two vectors a row and 32 registers");
+constexpr bool check_shape() {
+  constexpr bool sizes = S.hidden > 0 && S.intermediate > 0;
+  constexpr bool rank = S.padded_rank >= 0 && S.padded_rank % kKStep == 0;
+  constexpr bool rows =
+      S.m_step >= 1 && S.m_step <= most_rows(S.isa) && (S.isa != Isa::amx || S.m_step % kTile == 0);
+  static_assert(sizes, "hidden and intermediate sizes must be positive");
+  static_assert(rank, "padded_rank must be a multiple of 32");
+  static_assert(rows,
+                "m_step must be 16 or 32 on amx, 1 to 6 on avx2 (16 registers), else 1 to 14 (32 registers)");
+  return sizes && rank && rows;
 }
 
 }  // namespace jitmoe

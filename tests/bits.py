@@ -57,8 +57,8 @@ def digest(content: bytes) -> str:
 
 
 def usable() -> list[str]:
-    from jitmoe.config import ISAS
     from jitmoe.errors import IsaError
+    from jitmoe.isa import ISAS
 
     found = []
     for isa in ISAS:

@@ -12,10 +12,10 @@ from torch import Tensor
 from yardstick import CASES, Case, Inputs, Results
 
 from jitmoe import MoEConfig, MoELayer, build
-from jitmoe.config import ISAS
 from jitmoe.experts.observer import Launch, Observer, observing
+from jitmoe.isa import ISAS
 from jitmoe.jit import cpu
-from jitmoe.plan.shapes import M_STEPS, Shape
+from jitmoe.plan.shapes import Shape
 
 EMULATED = ("amx",)
 """Instruction sets that the tests run in an emulator of their own, not here."""
@@ -47,7 +47,7 @@ def isas_to_build() -> list[str]:
 def any_shape(isa: str | None = None) -> Shape:
     """A small kernel of ``isa``, or of the best set that this machine executes."""
     isa = isa or usable_isas()[0]
-    return Shape(isa, 64, 96, 32, M_STEPS[isa][-1], lora_bf16=False)
+    return Shape(isa, 64, 96, 32, ISAS[isa].m_steps[-1], lora_bf16=False)
 
 
 class Launches(Observer):

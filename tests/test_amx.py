@@ -21,6 +21,7 @@ from test_faults_values import poison_padding
 from yardstick import CASES, Case, check, make_inputs, results_of_layer
 
 from jitmoe import build
+from jitmoe.isa import EMULATED_FEATURES, ISAS
 from jitmoe.jit import cpu, emulator, kernels, toolchain
 from jitmoe.jit.build import ensure
 from jitmoe.jit.render import read_program
@@ -28,7 +29,7 @@ from jitmoe.plan import shapes
 
 pytestmark = [
     pytest.mark.skipif(
-        bool(set(cpu.missing_features("amx", cpu.detect())) - cpu.EMULATED_FEATURES),
+        bool(set(cpu.missing_features("amx", cpu.detect())) - EMULATED_FEATURES),
         reason="the emulator needs the AVX-512 registers of the CPU",
     ),
     pytest.mark.timeout(600),
@@ -70,7 +71,7 @@ def check_cell(case: Case, m_step: int, isa: str = "amx") -> None:
 
 def cells() -> Iterator[pytest.param]:
     for case in (*CASES, TAILS):
-        for m_step in shapes.M_STEPS["amx"]:
+        for m_step in ISAS["amx"].m_steps:
             fast = case.name in ONE_TILE_CASES or (m_step == 32 and case.name not in SLOW_CASES)
             yield pytest.param(case, m_step, marks=[] if fast else pytest.mark.slow, id=f"{case}-m{m_step}")
     yield pytest.param(W1, 32, marks=pytest.mark.slow, id="w1-m32")
@@ -99,7 +100,7 @@ def test_shape(emulated: Emulated, case: Case, m_step: int) -> None:
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_avx512_bf16_shape(emulated: Emulated, case: Case) -> None:
-    emulated(check_cell, case, shapes.M_STEPS["avx512_bf16"][-1], "avx512_bf16")
+    emulated(check_cell, case, ISAS["avx512_bf16"].m_steps[-1], "avx512_bf16")
 
 
 def check_threads() -> None:
@@ -171,7 +172,7 @@ def test_another_library_loads_its_own_configuration(emulated: Emulated, tmp_pat
 def compile_text(compiler: toolchain.Compiler, text: str, folder: Path, level: str) -> Path:
     source, library = folder / "source.cpp", folder / "source.so"
     source.write_text(text)
-    flags = ("-std=c++20", "-fPIC", "-shared", level, *toolchain.ISA_FLAGS["amx"])
+    flags = ("-std=c++20", "-fPIC", "-shared", level, *ISAS["amx"].flags)
     toolchain.compile(compiler, source, library, flags, TEMPLATES, 120.0, folder / "log")
     return library
 

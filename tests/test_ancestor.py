@@ -19,6 +19,7 @@ from yardstick import Case, Inputs, Results, check, make_inputs, results_of_laye
 from jitmoe import MoELayer
 from jitmoe.experts import call, workspace
 from jitmoe.host.route import route
+from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.yardstick import judge_one
 from jitmoe.plan import shapes
@@ -38,7 +39,7 @@ def inputs() -> Inputs:
 
 
 def wide_layer(inputs: Inputs, isa: str = ISA, **options: bool) -> MoELayer:
-    return layer_of(inputs, isa, m_step=shapes.M_STEPS[isa][-1], **options)
+    return layer_of(inputs, isa, m_step=ISAS[isa].m_steps[-1], **options)
 
 
 def copied(results: Results) -> Results:
@@ -186,7 +187,7 @@ def test_a_slice_of_the_config_keeps_lora(inputs: Inputs) -> None:
     whole = copied(results_of_layer(wide_layer(inputs), as_float32(inputs)))
     parts = []
     for held in (slice(0, 1), slice(1, 3)):
-        config = replace(config_of(WIDE, ISA, m_step=shapes.M_STEPS[ISA][-1]), num_experts=held.stop - held.start,
+        config = replace(config_of(WIDE, ISA, m_step=ISAS[ISA].m_steps[-1]), num_experts=held.stop - held.start,
                          allow_skip=True)  # fmt: skip
         layer = MoELayer(config, inputs.gate_proj[held], inputs.up_proj[held], inputs.down_proj[held])
         assert (config.lora_rank, config.lora_scale) == (WIDE.rank, WIDE.scale)
@@ -257,7 +258,7 @@ def test_stale_rows_of_an_earlier_batch_leak_into_sums(inputs: Inputs) -> None:
     results_of_layer(layer, replace(loud, x=loud.x * 2.0**20, dout=loud.dout * 2.0**20, lora=inputs.lora))
     assert different(results_of_layer(layer, inputs), clean) == []
     rows = torch.bincount(inputs.topk_ids.flatten())
-    assert (rows % shapes.M_STEPS[ISA][-1] != 0).any(), "a row block that is not full"
+    assert (rows % ISAS[ISA].m_steps[-1] != 0).any(), "a row block that is not full"
     check(clean, inputs)
 
 

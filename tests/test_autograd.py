@@ -13,8 +13,8 @@ from yardstick import Inputs, Results, check, make_inputs, results_of_layer
 from jitmoe import MoELayer
 from jitmoe.experts import ops
 from jitmoe.experts.workspace import Blocks
+from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
-from jitmoe.plan import shapes
 from jitmoe.plan.scratch import ITEM_BYTES, saved_tensors
 
 ISA = usable_isas()[0]
@@ -357,7 +357,7 @@ class TestReusedMemory:
     ) -> None:
         """Its first rows write over what was in the memory, the others add to it; saved or computed again."""
         inputs = make_inputs(replace(SMALL, tokens=200))
-        m_step = shapes.M_STEPS[isa][0]
+        m_step = ISAS[isa].m_steps[0]
         layers = [layer_of(inputs, isa, m_step=m_step, recompute=recompute) for recompute in (False, True)]
         groups = cut_groups(monkeypatch, group_bytes=1)
         expected = alone(layers[0], inputs)

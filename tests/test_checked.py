@@ -23,6 +23,7 @@ from jitmoe.errors import PlanError, SettingError
 from jitmoe.experts import call
 from jitmoe.experts.workspace import arenas
 from jitmoe.inspect import checked
+from jitmoe.isa import ISAS
 from jitmoe.jit import kernels, toolchain
 from jitmoe.jit.build import ensure, template_headers
 from jitmoe.jit.render import render, template_dir
@@ -50,7 +51,7 @@ CASES = (
 
 
 def options_of(isa: str) -> dict[str, Any]:
-    return {"m_step": shapes.M_STEPS[isa][-1]}
+    return {"m_step": ISAS[isa].m_steps[-1]}
 
 
 pytestmark = pytest.mark.usefixtures("plans_are_not_kept")

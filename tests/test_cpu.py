@@ -7,12 +7,12 @@ import signal
 
 import pytest
 
-from jitmoe.config import ISAS
 from jitmoe.errors import IsaError
+from jitmoe.isa import ISAS
 from jitmoe.jit import cpu, kernels
 from jitmoe.plan.shapes import Shape
 
-AVX512 = frozenset(cpu.REQUIRED_FEATURES["avx512"])
+AVX512 = frozenset(ISAS["avx512"].features)
 
 
 @pytest.fixture
@@ -29,11 +29,6 @@ def pretend(monkeypatch):
     cpu._report_fallback.cache_clear()
 
 
-def test_every_instruction_set_with_kernels_has_its_requirements():
-    assert set(ISAS) <= set(cpu.REQUIRED_FEATURES)
-    assert [isa for isa in cpu.REQUIRED_FEATURES if isa in ISAS] == list(ISAS), "both tables are best first"
-
-
 def test_detect_describes_this_machine():
     found = cpu.detect()
     assert found.model
@@ -43,7 +38,7 @@ def test_detect_describes_this_machine():
 @pytest.mark.parametrize("missing", sorted(AVX512))
 def test_auto_leaves_avx512_when_one_feature_is_missing(pretend, missing):
     pretend(AVX512 - {missing})
-    assert cpu.resolve_isa("auto") == next(isa for isa in ISAS if missing not in cpu.REQUIRED_FEATURES[isa])
+    assert cpu.resolve_isa("auto") == next(isa for isa in ISAS if missing not in ISAS[isa].features)
     with pytest.raises(IsaError, match=f"does not offer .*{missing}"):
         cpu.resolve_isa("avx512")
 
@@ -64,7 +59,7 @@ def test_auto_takes_the_best_set_that_has_kernels(pretend):
     ],
 )
 def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
-    pretend(cpu.REQUIRED_FEATURES["amx"])
+    pretend(ISAS["amx"].features)
     monkeypatch.setitem(cpu.CHECKS, "amx", lambda: fault)
     with caplog.at_level(logging.INFO, logger="jitmoe"):
         assert {cpu.resolve_isa("auto") for _ in range(3)} == {"avx512_bf16"}
@@ -74,7 +69,7 @@ def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
 
 
 def test_all_checks_passed(pretend, monkeypatch):
-    pretend(cpu.REQUIRED_FEATURES["amx"])
+    pretend(ISAS["amx"].features)
     monkeypatch.setitem(cpu.CHECKS, "amx", lambda: None)
     assert cpu.resolve_isa("auto") == cpu.describe("amx") == "amx"
 
@@ -87,7 +82,7 @@ def test_a_small_signal_stack_is_named():
 @pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX")
 def test_amx_that_only_the_feature_bits_promise(pretend):
     """The real check, on a CPU without tiles."""
-    pretend(cpu.REQUIRED_FEATURES["amx"])
+    pretend(ISAS["amx"].features)
     with pytest.raises(IsaError, match="isa='amx' cannot be used: CPUID reports no palette of tiles"):
         cpu.resolve_isa("amx")
 
@@ -118,17 +113,17 @@ class TestEmulation:
         assert cpu.resolve_isa("auto") == "amx"
 
     def test_what_the_cpu_has_is_not_emulated(self, pretend, monkeypatch):
-        pretend(cpu.REQUIRED_FEATURES["avx512_bf16"])
+        pretend(ISAS["avx512_bf16"].features)
         monkeypatch.setenv("JITMOE_EMULATE", "1")
         assert cpu.describe("avx512_bf16") == "avx512_bf16"
 
     def test_amx_that_the_kernel_refuses_is_emulated(self, pretend, monkeypatch):
-        pretend(cpu.REQUIRED_FEATURES["amx"])
+        pretend(ISAS["amx"].features)
         monkeypatch.setitem(cpu.CHECKS, "amx", lambda: kernels.tile_permission_fault(errno.ENOSPC))
         monkeypatch.setenv("JITMOE_EMULATE", "1")
         assert cpu.describe("amx") == "amx (emulated)"
 
-    @pytest.mark.parametrize("features", [(), cpu.REQUIRED_FEATURES["avx2"]])
+    @pytest.mark.parametrize("features", [(), ISAS["avx2"].features])
     def test_vectors_are_not_emulated(self, pretend, monkeypatch, features):
         pretend(features)
         monkeypatch.setenv("JITMOE_EMULATE", "1")

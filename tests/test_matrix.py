@@ -13,9 +13,10 @@ from helpers import NATIVE, config_of, cut_groups, different, layer_of, usable_i
 from yardstick import CASES, SMALL_SIZE, Case, check, make_inputs, results_of_layer
 
 from jitmoe import build
+from jitmoe.isa import ISAS
 from jitmoe.plan import shapes
 
-CELLS = [(case, isa, m_step) for case in CASES for isa in NATIVE for m_step in shapes.M_STEPS[isa]]
+CELLS = [(case, isa, m_step) for case in CASES for isa in NATIVE for m_step in ISAS[isa].m_steps]
 """Every case of the yardstick on every register block."""
 
 FEW_ROWS_SHAPES = ("small", "medium", "all_ones", "ragged_31", "ragged_65", "no_lora")
@@ -29,7 +30,7 @@ GROUPS_CASES = [case for case in CASES if case.name in ("small", "ragged_65", "m
 
 def cells(with_bfloat16: bool) -> Iterator[pytest.param]:
     for case, isa, m_step in CELLS:
-        fast = (m_step == shapes.M_STEPS[isa][-1] and isa != "ref") or case.name in FEW_ROWS_SHAPES
+        fast = (m_step == ISAS[isa].m_steps[-1] and isa != "ref") or case.name in FEW_ROWS_SHAPES
         if with_bfloat16:
             if not case.rank or case.lora_dtype == torch.bfloat16:
                 continue
@@ -73,7 +74,7 @@ def test_shape_with_bfloat16_lora(case: Case, isa: str, m_step: int) -> None:
 def test_cut_into_many_groups(case: Case, isa: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert with more rows than a group holds is cut; only the order of the LoRA gradients' sums may change."""
     inputs = make_inputs(replace(case, tokens=200))
-    m_step = shapes.M_STEPS[isa][0]
+    m_step = ISAS[isa].m_steps[0]
     layer = layer_of(inputs, isa, m_step=m_step, recompute=recompute)
     whole = results_of_layer(layer, inputs)
 

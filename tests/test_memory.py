@@ -24,10 +24,10 @@ from yardstick import Inputs, Results, make_inputs, results_of_layer
 
 import jitmoe
 from jitmoe import MoEConfig, MoELayer
-from jitmoe.config import ISAS
 from jitmoe.errors import PlanError
 from jitmoe.experts import call, ops, workspace
 from jitmoe.experts.workspace import Arenas, Blocks
+from jitmoe.isa import ISAS
 from jitmoe.jit.render import template_dir
 from jitmoe.memory.tensors import Held
 from jitmoe.plan import scratch, shapes
@@ -180,7 +180,7 @@ def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> No
     """The stride that the kernels are told is what the plan has room for; two threads never meet in a line."""
     for hidden, intermediate, segment_rows in [(1, 1, 1), (33, 65, 7), (300, 290, 48)]:
         shape = shapes.Shape(
-            isa, hidden, intermediate, shapes.round_up(rank, shapes.K_STEP), shapes.M_STEPS[isa][0], False
+            isa, hidden, intermediate, shapes.round_up(rank, shapes.K_STEP), ISAS[isa].m_steps[0], False
         )
         size = CallSize(9, rows=60, blocks=60, segment_rows=segment_rows, rank=rank, threads=3)
         backward = plan_backward(shape, size, x_grad=True, recompute=False)
@@ -196,7 +196,7 @@ def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> No
 
 def test_the_chunk_mirrors_the_header() -> None:
     """Shapes of the tests are too small to fill a chunk, so a shorter buffer would not be missed."""
-    header = (template_dir() / "gemm" / "interface.hpp").read_text(encoding="utf-8")
+    header = (template_dir() / "gemm" / "tuning.hpp").read_text(encoding="utf-8")
     assert re.findall(r"kChunk = (\d+);", header) == [str(scratch.CHUNK)]
 
 

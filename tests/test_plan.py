@@ -1,13 +1,16 @@
 """What the planner decides: kernels of a config, the kernel of a call, the cut of rows into groups."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jitmoe import MoEConfig
-from jitmoe.config import ISAS, MAX_SIZE
+from jitmoe.config import MAX_SIZE
 from jitmoe.errors import ConfigError
+from jitmoe.isa import ISAS
 from jitmoe.plan import shapes
 
 FIELDS = {"num_experts": 4, "hidden_size": 64, "intermediate_size": 96, "top_k": 2}
@@ -59,11 +62,16 @@ class TestRegisterBlocks:
     def test_all_of_the_instruction_set_are_planned_ascending(self, isa: str) -> None:
         found = shapes.plan_kernels(config_with(), isa).shapes
         steps = [shape.m_step for shape in found]
-        assert [shape.m_step for shape in found if shape.isa == isa] == sorted(shapes.M_STEPS[isa])
+        assert [shape.m_step for shape in found if shape.isa == isa] == sorted(ISAS[isa].m_steps)
         assert steps and steps == sorted(steps)
 
+    def test_there_is_a_limit_between_each_two(self, isa: str) -> None:
+        limits = ISAS[isa].row_limits
+        assert len(limits) == len(shapes.plan_kernels(config_with(), isa).shapes) - 1
+        assert list(limits) == sorted(set(limits))
+
     def test_one_can_be_forced(self, isa: str) -> None:
-        for step in shapes.M_STEPS[isa]:
+        for step in ISAS[isa].m_steps:
             assert [shape.m_step for shape in shapes.plan_kernels(config_with(m_step=step), isa).shapes] == [step]
 
     def test_another_is_refused_with_the_choice(self, isa: str) -> None:
@@ -72,7 +80,7 @@ class TestRegisterBlocks:
 
     def test_few_rows_take_the_smallest_many_the_largest(self, isa: str) -> None:
         kernels = shapes.plan_kernels(config_with(), isa)
-        assert kernels.select(rows=4 * shapes.FEW_ROWS, active_experts=4) is kernels.shapes[0]
+        assert kernels.select(rows=4 * min(ISAS[isa].row_limits, default=1), active_experts=4) is kernels.shapes[0]
         assert kernels.select(rows=4000, active_experts=4) is kernels.shapes[-1]
 
     def test_a_batch_invariant_layer_has_one_form_for_every_row_count(self, isa: str) -> None:
@@ -82,7 +90,7 @@ class TestRegisterBlocks:
 
 def test_rows_choose_among_the_kernels_of_amx() -> None:
     kernels = shapes.plan_kernels(config_with(), "amx")
-    chosen = [kernels.select(rows, 10) for rows in (10 * shapes.FEW_ROWS, 10 * shapes.ONE_TILE_ROWS, 1000)]
+    chosen = [kernels.select(rows, 10) for rows in (*(10 * limit for limit in ISAS["amx"].row_limits), 1000)]
     assert [(shape.isa, shape.m_step) for shape in chosen] == [("avx512", 4), ("amx", 16), ("amx", 32)]
     assert {shape.isa for shape in shapes.plan_kernels(config_with(batch_invariant=True), "amx").shapes} == {"amx"}
 
@@ -95,6 +103,7 @@ def test_the_lora_dtype_of_cast_parameters_counts() -> None:
 def test_names_of_shapes_tell_them_apart() -> None:
     configs = [config_with(lora_rank=rank, lora_dtype=dtype) for rank in (0, 8) for dtype in ("float32", "bfloat16")]
     named = {shape for isa in ISAS for config in configs for shape in shapes.plan_kernels(config, isa).shapes}
+    named |= {replace(shape, activation="another") for shape in named}
     assert len({shape.name for shape in named}) == len(named)
 
 
@@ -167,7 +176,7 @@ def test_the_worst_extents_are_reached(rows: int, experts: int, m_step: int, blo
         assert (full.rows, full.blocks, full.segment_rows) == (worst.rows, worst.blocks, worst.segment_rows)
 
 
-@given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(ISAS), st.booleans(), st.booleans())
+@given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(list(ISAS)), st.booleans(), st.booleans())
 def test_kernels_that_a_routing_can_reach(rows: int, experts: int, isa: str, skip: bool, invariant: bool) -> None:
     config = MoEConfig(experts, 64, 96, 1, allow_skip=skip, batch_invariant=invariant)
     kernels = shapes.plan_kernels(config, isa)

@@ -16,6 +16,7 @@ from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 from jitmoe import MoELayer
 from jitmoe.experts import ops, workspace
 from jitmoe.host import tokens
+from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan import shapes
 
@@ -78,7 +79,7 @@ def test_batch_invariance_is_one_kernel_form() -> None:
         for invariant in (False, True):
             plans = shapes.plan_kernels(layer_of(inputs, isa, batch_invariant=invariant).config, isa)
             chosen = {plans.select(rows, 1).m_step for rows in (1, 1000)}
-            assert len(chosen) == (1 if invariant else len(shapes.M_STEPS[isa]))
+            assert len(chosen) == (1 if invariant else len(ISAS[isa].m_steps))
 
 
 REPEAT = """

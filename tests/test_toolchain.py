@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jitmoe.config import ISAS
 from jitmoe.errors import BuildError
+from jitmoe.isa import ISAS
 from jitmoe.jit import toolchain
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'

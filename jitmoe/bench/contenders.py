@@ -9,10 +9,10 @@ from torch import Tensor
 import jitmoe
 from jitmoe import settings
 from jitmoe.errors import BenchError
+from jitmoe.isa import ISAS
 from jitmoe.oracle.data import Base
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.workloads import Workload
-from jitmoe.plan.shapes import PAIRED_OPERANDS
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def our_layer(
         parameters=tuple(layer.parameters()),
         dtype=torch.bfloat16,
         rank=workload.rank,
-        bf16_products=isa in PAIRED_OPERANDS,
+        bf16_products=ISAS[isa].operand == "bfloat16",
         isa=isa,
         comparable="lora" if workload.rank else "base",
     )

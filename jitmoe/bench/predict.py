@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from jitmoe.bench.measure import Outcome
+from jitmoe.isa import ISAS
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.groups import GROUP_BYTES
 from jitmoe.plan.scratch import row_bytes
-from jitmoe.plan.shapes import PAIRED_OPERANDS, ceil_div, plan_kernels
+from jitmoe.plan.shapes import ceil_div, plan_kernels
 from jitmoe.text import table
 
 TILE = 16
@@ -175,7 +176,7 @@ def _activation(workload: Workload, machine: Machine, backward: bool, assumed: A
 def _movement(workload: Workload, machine: Machine, backward: bool, assumed: Assumptions) -> float:
     """Bytes written and read between the products: rows of x or of both gradients, a or three gradients, sums."""
     hidden, intermediate = workload.hidden, workload.intermediate
-    operand = 2 if machine.isa in PAIRED_OPERANDS else 4
+    operand = 2 if ISAS[machine.isa].operand == "bfloat16" else 4
     rows = hidden * ((4 if backward else 2) + (2 if backward else 1) * operand + 12)
     between = intermediate * ((3 if backward else 1) * operand + 4)
     return workload.slots * (rows + between) / (machine.threads * assumed.cache_bandwidth)

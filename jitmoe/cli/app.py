@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jitmoe import settings
-from jitmoe.config import ISAS, LORA_DTYPES, MoEConfig, read_fields
+from jitmoe.config import LORA_DTYPES, MoEConfig, read_fields
 from jitmoe.errors import ConfigError, JitmoeError
+from jitmoe.isa import ISAS
 from jitmoe.jit import cache, cpu, render, toolchain
 from jitmoe.jit.build import build, instance_key, template_headers
 from jitmoe.plan import shapes

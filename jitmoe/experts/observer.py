@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the package imports this module, and stays quick to import
     from jitmoe.jit.abi import Record
     from jitmoe.jit.kernels import Kernels
     from jitmoe.plan.placement import ScratchPlan
-    from jitmoe.plan.shapes import Shape
+    from jitmoe.plan.shapes import Shape, Watch
 
 PassName = Literal["forward", "backward"]
 
@@ -60,7 +60,7 @@ class Observer:
         threads: of the kernels; None for those of the call. Results do not depend on it.
     """
 
-    watch: str = "nothing"
+    watch: "Watch" = "nothing"
     threads: int | None = None
 
     def planning(self) -> None:

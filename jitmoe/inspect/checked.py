@@ -11,6 +11,7 @@ from jitmoe.experts.observer import Launch, Observer
 from jitmoe.jit.abi import CHECKS, FIELDS, LIFE
 from jitmoe.plan.placement import ALIGNMENT, Placed, ScratchPlan
 from jitmoe.plan.scratch import BACKWARD_STEPS, FORWARD_STEPS
+from jitmoe.plan.shapes import Watch
 
 FAULTS = {
     "outside_life": "is used outside its life",
@@ -25,7 +26,7 @@ FAULTS = {
 class Checker(Observer):
     """Runs calls on checked kernels and holds them to the plan of their scratch."""
 
-    watch = "memory"
+    watch: Watch = "memory"
 
     @contextmanager
     def around(self, launch: Launch) -> Iterator[None]:

@@ -8,17 +8,18 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from jitmoe.config import MoEConfig
+from jitmoe.config import LoraDtype, MoEConfig
 from jitmoe.errors import CaptureError, ConfigError, JitmoeError, TraceError
 from jitmoe.experts.layer import MoELayer
 from jitmoe.inspect.capture import FORMAT
 from jitmoe.inspect.trace_report import Report
 from jitmoe.inspect.tracing import trace
+from jitmoe.isa import IsaChoice
 from jitmoe.jit import cpu
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.yardstick import (
@@ -212,7 +213,7 @@ def replay(recording: Recording, isa: str | None = None, traced: bool = False, p
     isa, inputs = isa or _isa_of(recording), recording.inputs
     # A register block that was forced belongs to its instruction set.
     m_step = recording.config.m_step if isa == recording.isa else None
-    config = replace(recording.config, isa=isa, m_step=m_step)
+    config = replace(recording.config, isa=cast(IsaChoice, isa), m_step=m_step)
     layer = MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
     tokens, slots = inputs.topk_ids.shape[0], int(inputs.kept().sum())
     print(f"{tokens} tokens, {slots} slots, {layer}")
@@ -325,7 +326,7 @@ def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording
         **sizes,
         lora_rank=rank,
         lora_alpha=MoEConfig.lora_alpha if alpha is None else float(alpha),
-        lora_dtype=str(lora.gate_lora_a.dtype).removeprefix("torch.") if lora else "float32",
+        lora_dtype=cast(LoraDtype, str(lora.gate_lora_a.dtype).removeprefix("torch.") if lora else "float32"),
     )
     renamed = {"x": _tensor(content, "input_data"), "topk_ids": _tensor(content, "expert_ids")}
     inputs = _inputs({**content, **renamed}, renamed["topk_ids"].long(), config)

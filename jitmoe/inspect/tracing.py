@@ -17,7 +17,7 @@ from jitmoe.jit.abi import TENSORS, view_fields
 from jitmoe.jit.kernels import array_at
 from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.plan.projections import NAMES, Projection, projections
-from jitmoe.plan.shapes import K_STEP, N_STRIP, round_up
+from jitmoe.plan.shapes import K_STEP, N_STRIP, Watch, round_up
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def trace() -> Iterator[Report]:
 class Tracer(Observer):
     """Runs calls on traced kernels and adds what is found to every open report, and to that of JITMOE_TRACE."""
 
-    watch = "values"
+    watch: Watch = "values"
     threads = 1  # records need no locks then
 
     def __init__(self) -> None:

@@ -10,25 +10,10 @@ from pathlib import Path
 import llvmlite.binding
 
 from jitmoe import settings
-from jitmoe.config import ISAS
 from jitmoe.errors import IsaError
+from jitmoe.isa import EMULATED_FEATURES, ISAS
 
 log = logging.getLogger(__name__)
-
-_AVX2 = ("avx2", "fma", "f16c")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-
-REQUIRED_FEATURES: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
-    "avx512_bf16": (*_AVX512, "avx512bf16"),
-    "avx512": _AVX512,
-    "avx2": _AVX2,
-    "ref": (),
-}
-"""CPU features that each instruction set's kernels may use, in LLVM's spelling; best set first."""
-
-EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
-"""Features whose instructions the emulator executes, where ``JITMOE_EMULATE`` turns it on."""
 
 Check = Callable[[], str | None]
 """Makes something usable in this process; returns what failed, or None."""
@@ -82,16 +67,16 @@ def _model_name() -> str:
 
 def capabilities(cpu: Cpu | None = None) -> tuple[Capability, ...]:
     """One :class:`Capability` for each known instruction set, best first."""
-    return tuple(_capability(isa, cpu or detect()) for isa in REQUIRED_FEATURES)
+    return tuple(_capability(isa, cpu or detect()) for isa in ISAS)
 
 
 def _capability(isa: str, cpu: Cpu) -> Capability:
     missing = missing_features(isa, cpu)
     fault = f"the CPU or the operating system does not offer {', '.join(missing)}" if missing else _failed_check(isa)
     if fault is None:
-        return Capability(isa, True, f"needs {', '.join(REQUIRED_FEATURES[isa]) or 'no special features'}")
+        return Capability(isa, True, f"needs {', '.join(ISAS[isa].features) or 'no special features'}")
     emulation = settings.get("emulate") or "0"
-    could_be_emulated = EMULATED_FEATURES & set(REQUIRED_FEATURES[isa]) and set(missing) <= EMULATED_FEATURES
+    could_be_emulated = ISAS[isa].emulated_features and set(missing) <= EMULATED_FEATURES
     if emulation == "0" or not could_be_emulated:
         return Capability(isa, False, fault)
     broken = _failed_check("emulator")
@@ -111,7 +96,7 @@ def describe(isa: str) -> str:
 
 def missing_features(isa: str, cpu: Cpu) -> tuple[str, ...]:
     """Features that the kernels of ``isa`` need and ``cpu`` does not offer."""
-    return tuple(name for name in REQUIRED_FEATURES[isa] if name not in cpu.features)
+    return tuple(name for name in ISAS[isa].features if name not in cpu.features)
 
 
 def resolve_isa(requested: str) -> str:

@@ -49,6 +49,7 @@ def render(shape: Shape) -> Instance:
         padded_rank=shape.padded_rank,
         m_step=shape.m_step,
         lora_bf16=str(shape.lora_bf16).lower(),
+        activation=shape.activation,
         watch=shape.watch,
     )
     return Instance(shape, text)

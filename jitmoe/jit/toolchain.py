@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from jitmoe import settings
 from jitmoe.errors import BuildError
+from jitmoe.isa import ISAS
 
 INSTALL_ADVICE = (
     "Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) "
@@ -54,19 +55,6 @@ KIND_FLAGS = {
     "clang": (),
 }
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
-
-ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
-    "avx512": _AVX512,
-    "avx2": _AVX2,
-    "ref": (),
-}
-"""Named one by one, never ``-march=native``: the same text gives the same code on every machine."""
-
 
 @dataclass(frozen=True)
 class Compiler:
@@ -103,7 +91,7 @@ def find_compiler() -> Compiler:
 
 def flags(isa: str, kind: str = "gcc") -> tuple[str, ...]:
     """All flags for a kernel of ``isa``, for a compiler of ``kind``."""
-    return (*COMMON_FLAGS, *KIND_FLAGS[kind], *ISA_FLAGS[isa])
+    return (*COMMON_FLAGS, *KIND_FLAGS[kind], *ISAS[isa].flags)
 
 
 def compile(

@@ -1,9 +1,11 @@
 """What is measured: sizes, and the work that they take. Plain arithmetic; nothing is allocated."""
 
 from dataclasses import dataclass, replace
+from typing import cast
 
-from jitmoe.config import MoEConfig
+from jitmoe.config import LoraDtype, MoEConfig
 from jitmoe.errors import ConfigError
+from jitmoe.isa import IsaChoice
 
 FORWARD, TRAINING = "forward", "forward+backward"
 PASSES = (FORWARD, TRAINING)
@@ -56,8 +58,8 @@ class Workload:
             intermediate_size=self.intermediate,
             top_k=self.top_k,
             lora_rank=self.rank,
-            lora_dtype=lora_dtype,
-            isa=isa,
+            lora_dtype=cast(LoraDtype, lora_dtype),  # MoEConfig refuses another name
+            isa=cast(IsaChoice, isa),
         )
 
     def quick(self) -> "Workload":

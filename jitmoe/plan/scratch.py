@@ -7,15 +7,16 @@ its last step; two buffers may share addresses only if their lifetimes do not me
 from dataclasses import dataclass
 from functools import lru_cache
 
+from jitmoe.isa import ISAS
 from jitmoe.plan.groups import Extents
 from jitmoe.plan.placement import ALIGNMENT, ITEM_BYTES, Buffer, ScratchPlan, place, prove
-from jitmoe.plan.shapes import K_STEP, N_STRIP, PAIRED_OPERANDS, PLANS_KEPT, Shape, ceil_div, round_up
+from jitmoe.plan.shapes import K_STEP, N_STRIP, PLANS_KEPT, Shape, ceil_div, round_up
 
 FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
 
 CHUNK = 256
-"""Columns of the contraction expanded at a time; mirrors kChunk in gemm.hpp."""
+"""Columns of the contraction expanded at a time; mirrors kChunk in gemm/tuning.hpp."""
 
 
 @lru_cache(PLANS_KEPT)
@@ -100,15 +101,10 @@ def saved_shape(intermediate: int, rows: int) -> tuple[int, int, int]:
     return ceil_div(intermediate, N_STRIP), rows, N_STRIP
 
 
-def operand_dtype(shape: Shape) -> str:
-    """What a panel holds: the left operand of the instruction set's products."""
-    return "bfloat16" if shape.isa in PAIRED_OPERANDS else "float32"
-
-
 def row_bytes(shape: Shape, training: bool) -> int:
     """Bytes of panels that one more row of a group takes; what the size of a group is decided by."""
     columns = 2 * shape.hidden + 4 * shape.intermediate if training else shape.hidden + shape.intermediate
-    return columns * ITEM_BYTES[operand_dtype(shape)]
+    return columns * ITEM_BYTES[ISAS[shape.isa].operand]
 
 
 def canary_bytes(shape: Shape) -> int:
@@ -121,15 +117,9 @@ def _sums(shape: Shape, size: Extents, last: int) -> Buffer:
 
 
 def _panel(name: str, shape: Shape, size: Extents, columns: int, first: int, last: int) -> Buffer:
-    dtype = operand_dtype(shape)
-    return Buffer(name, (size.blocks * shape.m_step, round_up(columns, _column_step(shape))), dtype, first, last)
-
-
-def _column_step(shape: Shape) -> int:
-    """What the rows of a panel are padded to: whole tiles, pairs, or nothing."""
-    if shape.isa == "amx":
-        return K_STEP
-    return 2 if shape.isa in PAIRED_OPERANDS else 1
+    isa = ISAS[shape.isa]
+    extent = (size.blocks * shape.m_step, round_up(columns, isa.column_step))
+    return Buffer(name, extent, isa.operand, first, last)
 
 
 def _low_rank(shape: Shape, size: Extents, lives: dict[str, tuple[int, int]]) -> list[Buffer]:

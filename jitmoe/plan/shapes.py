@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
-from jitmoe.config import ISAS, MoEConfig
+from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
+from jitmoe.isa import ISAS
 
 K_STEP = 32
 """Columns of one packed block along the contraction; ranks are padded to it."""
@@ -12,30 +14,15 @@ K_STEP = 32
 N_STRIP = 32
 """Output columns of one strip of packed weights."""
 
-M_STEPS: dict[str, tuple[int, ...]] = {
-    "amx": (16, 32),
-    "avx512_bf16": (14,),
-    "avx512": (4, 14),
-    "avx2": (3, 6),
-    "ref": (4, 14),
-}
-"""Rows of a register block, per instruction set, ascending. Many rows fill the registers with accumulators:
-14 x 2 of 32 vectors on AVX-512, 6 x 2 of 16 on AVX2. Few rows leave room to expand the weights in registers
-instead of sweeping an expanded panel; VDPBF16PS needs no expansion. On AMX they are one or two tiles."""
-
 PACKED_LAYOUT = 1
-"""Version of the packed layout (gemm.hpp) and of the files that hold it (packed_file). Raise it when either changes."""
+"""Version of the packed layout (gemm/interface.hpp) and of the files that hold it (packed_file). Raise it when either
+changes."""
 
-PAIRED_OPERANDS = ("amx", "avx512_bf16")
-"""Instruction sets whose panels hold pairs of bfloat16; the panels of the others are float32."""
+Activation = Literal["silu"]
+"""What makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
 
-FEW_ROWS = 4
-"""Mean rows per active expert up to which the smallest M_STEP is taken; on AMX the smallest of AVX-512, whose kernel
-is bound by the reading of the weights as well and needs no tiles."""
-
-ONE_TILE_ROWS = 8
-"""Mean rows per active expert up to which M_STEP is 16 on AMX: hardly an expert then has more rows, and with 32 half
-of each panel would be empty."""
+Watch = Literal["nothing", "time", "memory", "values"]
+"""What an instance records about its calls; mirrors ``Watch`` in shape.hpp."""
 
 PLANS_KEPT = 256
 """Plans that are kept for calls of the same sizes: to plan a call takes 0.2 ms, to decode a token 3."""
@@ -66,14 +53,16 @@ class Shape:
     padded_rank: int
     m_step: int
     lora_bf16: bool
-    watch: str = "nothing"
+    activation: Activation = "silu"
+    watch: Watch = "nothing"
 
     @property
     def name(self) -> str:
         """Short readable identity, used for file names and reports."""
         lora = "bf16" if self.lora_bf16 else "f32"
-        watch = "" if self.watch == "nothing" else f"_{self.watch}"
-        return f"{self.isa}_h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}_{lora}{watch}"
+        special = [word for word in (self.activation, self.watch) if word not in ("silu", "nothing")]
+        sizes = f"h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}"
+        return "_".join([self.isa, sizes, lora, *special])
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class KernelPlan:
         """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts."""
         if self.config.batch_invariant:
             return self.shapes[-1]
-        passed = sum(rows > limit * active_experts for limit in self._limits)
+        passed = sum(rows > limit * active_experts for limit in ISAS[self.isa].row_limits)
         return self.shapes[min(passed, len(self.shapes) - 1)]
 
     def reachable(self, slots: int) -> dict[Shape, tuple[int, int]]:
@@ -105,18 +94,13 @@ class KernelPlan:
             first, last = (self.shapes.index(self.select(n, 1)) for n in (1, rows))
             return {shape: (1, most) for shape in self.shapes[first : last + 1]}
         # The choice changes where rows <= limit * active begins to hold, and nowhere else.
-        changes = [ceil_div(rows, limit) for limit in self._limits]
+        changes = [ceil_div(rows, limit) for limit in ISAS[self.isa].row_limits]
         counts = sorted({1, most, *(min(max(n, 1), most) for change in changes for n in (change - 1, change))})
         found: dict[Shape, tuple[int, int]] = {}
         for active in counts:
             shape = self.select(rows, active)
             found[shape] = (found.get(shape, (active, active))[0], active)
         return found
-
-    @property
-    def _limits(self) -> tuple[int, ...]:
-        """Mean rows per active expert beyond which the next kernel is taken."""
-        return (FEW_ROWS, ONE_TILE_ROWS) if self.isa == "amx" else (FEW_ROWS,)
 
 
 def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> KernelPlan:
@@ -133,13 +117,14 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
 
 @lru_cache(PLANS_KEPT)
 def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool) -> KernelPlan:
-    blocks = [(isa, step) for step in M_STEPS[isa]]
+    few_rows, steps = ISAS[isa].few_rows, ISAS[isa].m_steps
+    blocks = [(isa, step) for step in steps]
     if config.m_step is not None:
-        if config.m_step not in M_STEPS[isa]:
-            raise ConfigError(f"m_step must be one of {M_STEPS[isa]} on {isa}, got {config.m_step}")
+        if config.m_step not in steps:
+            raise ConfigError(f"m_step must be one of {steps} on {isa}, got {config.m_step}")
         blocks = [(isa, config.m_step)]
-    elif isa == "amx" and not config.batch_invariant:
-        blocks.insert(0, ("avx512", M_STEPS["avx512"][0]))
+    elif few_rows and not config.batch_invariant:
+        blocks.insert(0, (few_rows, ISAS[few_rows].m_steps[0]))
     shapes = tuple(
         Shape(
             isa=block_isa,

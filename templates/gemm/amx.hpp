@@ -24,12 +24,6 @@
 
 namespace jitmoe {
 
-// The shape for what is done in float32 vectors: products whose sides are LoRA ranks.
-constexpr Shape vector_shape(Shape shape) {
-  shape.m_step = 14;
-  return shape;
-}
-
 // Bottom rows -> configuration. Tiles 0, 1, 4 are the top, 2, 3, 5 the bottom, 6, 7 the weights.
 struct TileConfigurations {
   amx::Configuration of[amx::kRows + 1] = {};
@@ -56,12 +50,15 @@ inline void configure_tiles(int64_t bottom_rows) {
 }
 
 template <Shape S>
-struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
+struct GemmAmx {
   using Operand = bf16;
   using V = Simd512;
+  using Vectors = VectorBlock<14, V>;
   static constexpr int64_t kTiles = S.m_step / amx::kRows;  // of a row block, side by side
   static constexpr int64_t kStripBytes = kStrip * sizeof(float);
-  static constexpr int64_t kLoraChunk = 1024;  // of the contraction, 64 KB of stack
+  static constexpr auto& outer = Vectors::outer;
+  static constexpr auto& transpose = Vectors::template transpose<false>;
+  static constexpr auto& transpose_padded = Vectors::template transpose<true>;
 
   static int64_t block_elements(int64_t k) { return ceil_div(k, kKStep) * kTiles * kTileElements; }
 
@@ -83,7 +80,7 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
   }
 
   static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
-                      const Start& start, float* strip, float* scratch) {
+                      const SumStart& start, float* strip, float* scratch) {
     begin(rows, start, strip);
     const int64_t whole = k / kKStep;
     auto* last = reinterpret_cast<bf16*>(scratch);
@@ -92,7 +89,7 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
   }
 
   static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
-                       const Start& start, float* strip, float* scratch) {
+                       const SumStart& start, float* strip, float* scratch) {
     begin(rows, start, strip);
     const int64_t all = ceil_div(n, kKStep);
     auto* paired = reinterpret_cast<bf16*>(scratch);
@@ -103,11 +100,12 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
   }
 
   static int64_t column_at(int64_t lane) { return lane; }
-  static void settle(float*, int64_t) {}
+  static void to_natural_order(float*, int64_t) {}
 
   // The LoRA matrix becomes right operands on the way, 32 ranks and one chunk of k at a time.
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
                        int64_t rank, float* low) {
+    constexpr int64_t kLoraChunk = kAmxTuning.lora_chunk;
     alignas(64) bf16 pairs[kLoraChunk * kStrip];
     alignas(64) float product[S.m_step * kStrip];
     for (int64_t r = 0; r < rank; r += kStrip) {
@@ -133,12 +131,15 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
 
  private:
   // The LoRA K-step stays in float32 vectors: the rank of most adapters fills a quarter of a tile.
-  static void begin(int64_t rows, const Start& start, float* strip) {
-    for (int64_t i = 0; start.zero && i < rows * kStrip; ++i) strip[i] = 0.0f;
+  static void begin(int64_t rows, const SumStart& start, float* strip) {
+    if (start.from != strip)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < kStrip; c += V::kLanes)
+          V::store(strip + row * kStrip + c, V::load(start.from + row * start.stride + c));
     const RowBlocks blocks(rows, S.m_step);
     for (int64_t b = 0; start.rank && b < blocks.count; ++b)
-      GemmAmx::outer(start.low + b * start.rank * S.m_step, S.m_step, blocks.size(b), start.lora, start.rank,
-                     strip + blocks.begin(b) * kStrip);
+      outer(start.low + b * start.rank * S.m_step, S.m_step, blocks.size(b), start.lora, start.rank,
+            strip + blocks.begin(b) * kStrip);
   }
 
   // The right operand of a product: `whole` blocks of pairs in a row and perhaps one more elsewhere.
@@ -154,14 +155,14 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
                     float* strip) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = right.whole + (right.last ? 1 : 0);
-    const Ahead ahead(weights, 0, all, all, blocks.count);
+    const NextChunk next(weights, 0, all, all, blocks.count);
     const int64_t last = blocks.count - 1;
     const int64_t start = configured_rows == bottom_rows(blocks.size(last)) ? last : 0;
     for (int64_t i = 0; i < blocks.count; ++i) {
       const int64_t b = (start + i) % blocks.count;
       multiply_block<2>(
           panel + b * all * kTiles * kTileElements, blocks.size(b), right,
-          [&](int64_t block) { ahead.fetch(i, block); }, strip + blocks.begin(b) * kStrip);
+          [&](int64_t block) { next.fetch(i, block); }, strip + blocks.begin(b) * kStrip);
     }
   }
 
@@ -247,6 +248,12 @@ struct GemmAmx : GemmF32<vector_shape(S), Simd512> {
   static __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
+};
+
+template <Shape S>
+  requires(S.isa == Isa::amx)
+struct BackEndOf<S> {
+  using type = GemmAmx<S>;
 };
 
 // The tiles of a thread are its own from the beginning of a parallel region to its end. Another library may

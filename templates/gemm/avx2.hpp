@@ -55,6 +55,9 @@ struct Simd256 {
 };
 
 template <Shape S>
-using GemmAvx2 = GemmF32<S, Simd256>;
+  requires(S.isa == Isa::avx2)
+struct BackEndOf<S> {
+  using type = GemmF32<S, Simd256, kAvx2Tuning>;
+};
 
 }  // namespace jitmoe

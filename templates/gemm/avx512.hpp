@@ -57,6 +57,9 @@ struct Simd512 {
 };
 
 template <Shape S>
-using GemmAvx512 = GemmF32<S, Simd512>;
+  requires(S.isa == Isa::avx512)
+struct BackEndOf<S> {
+  using type = GemmF32<S, Simd512, kAvx512Tuning>;
+};
 
 }  // namespace jitmoe

@@ -15,13 +15,14 @@
 namespace jitmoe {
 
 template <Shape S>
-struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
-  using Base = GemmF32<S, Simd512>;
+struct GemmAvx512Bf16 {
   using V = Simd512;
+  using Vectors = VectorBlock<S.m_step, V>;
   using Operand = uint32_t;
-  static constexpr int64_t kForwardBlocks = 32;                // 64 KB of weights in L2, 28 KB of x in L1
-  static constexpr int kStreamedRows = 8;                      // rows up to which memory is the limit
-  static constexpr int64_t kBackwardBlocks = kChunk / kKStep;  // 16 KB of pairs beside x in L1
+  static constexpr Avx512Bf16Tuning kTuned = kAvx512Bf16Tuning;
+  static constexpr auto& outer = Vectors::outer;
+  static constexpr auto& transpose = Vectors::template transpose<false>;
+  static constexpr auto& transpose_padded = Vectors::template transpose<true>;
 
   static int64_t pairs_of(int64_t k) { return ceil_div(k, 2); }
   static int64_t block_elements(int64_t k) { return S.m_step * pairs_of(k); }
@@ -50,34 +51,37 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
   }
 
   static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
-                      const Start& start, float* strip, float*) {
+                      const SumStart& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(k, kKStep);
-    for (int64_t first = 0; first < all; first += kForwardBlocks)
+    constexpr int64_t kChunkBlocks = kTuned.forward_blocks;
+    for (int64_t first = 0; first < all; first += kChunkBlocks)
       sweep<true>(panel, blocks, k, first, weights.block(first),
-                  Ahead(weights, first, kForwardBlocks, all, blocks.count),
-                  smaller(kForwardBlocks, all - first), first ? Base::kAdd : start, strip);
+                  NextChunk(weights, first, kChunkBlocks, all, blocks.count),
+                  smaller(kChunkBlocks, all - first), first ? SumStart::strip(strip) : start, strip);
   }
 
   static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
-                       const Start& start, float* strip, float* scratch) {
+                       const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(n, kKStep);
     bf16* paired = reinterpret_cast<bf16*>(scratch);
-    for (int64_t first = 0; first < all; first += kBackwardBlocks) {
-      const int64_t count = smaller(kBackwardBlocks, all - first);
+    constexpr int64_t kChunkBlocks = kTuned.backward_blocks;
+    for (int64_t first = 0; first < all; first += kChunkBlocks) {
+      const int64_t count = smaller(kChunkBlocks, all - first);
       for (int64_t i = 0; i < count; ++i) pair_outputs(weights.block(first + i), paired + i * kBlockElements);
-      sweep<false>(panel, blocks, n, first, paired, Ahead(weights, first, kBackwardBlocks, all, blocks.count),
-                   count, first ? Base::kAdd : start, strip);
+      sweep<false>(panel, blocks, n, first, paired,
+                   NextChunk(weights, first, kChunkBlocks, all, blocks.count), count,
+                   first ? SumStart::strip(strip) : start, strip);
     }
   }
 
   static int64_t column_at(int64_t lane) { return lane; }
-  static void settle(float*, int64_t) {}
+  static void to_natural_order(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
                        int64_t rank, float* low) {
-    Base::low_rank_rows(
+    Vectors::low_rank_rows(
         k, rank, [&](int64_t i, int64_t r) { return lora.at(i, r); },
         [&](int64_t i) {
           const __m512i pairs = _mm512_maskz_loadu_epi32(V::first(rows), block + i / 2 * rows);
@@ -98,29 +102,28 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
   // All row blocks over `count` blocks of pairs, in either direction of the contraction.
   template <bool Packed>
   static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
-                    const bf16* pairs, const Ahead& ahead, int64_t count, const Start& start, float* strip) {
+                    const bf16* pairs, const NextChunk& next, int64_t count, const SumStart& start,
+                    float* strip) {
     for (int64_t b = 0; b < blocks.count; ++b)
-      Base::with_rows(blocks.size(b), [&]<int R>() {
+      Vectors::with_rows(blocks.size(b), [&]<int R>() {
         dot<R, Packed>(
             panel + b * block_elements(k) + first * kTile * R, pairs, count, k - first * kKStep,
-            [&](int64_t block) { ahead.fetch(b, block); }, Base::of_block(start, b),
+            [&](int64_t block) { next.fetch(b, block); }, start.of_block(blocks, b),
             strip + blocks.begin(b) * kStrip);
       });
   }
 
-  // Packed weights come from L2, two lines of two tiles a step: a pattern that the L1 prefetcher of Zen 5
-  // does not follow (165 against 334 GFLOP/s at 14 rows, 2026-11-23), so each step asks for the lines of two
-  // blocks ahead. Few rows wait for memory: tile after tile they read it front to back, which the hardware
-  // prefetches better than any instruction (50 against 34 GB/s with five rows on two threads of Zen 4, 2026-11-24).
+  // One row block. Few rows read packed weights tile after tile, front to back; more read two tiles side by side, and
+  // ask for their lines.
   template <int R, bool Packed, class Fetch>
   static void dot(const Operand* a, const bf16* pairs, int64_t count, int64_t k, Fetch&& fetch,
-                  const Start& start, float* c) {
+                  const SumStart& start, float* c) {
     __m512 sum[R][2];
-    Base::template begin_sums<R>(start, c, kTile, sum);
+    Vectors::template begin_sums<R>(start, 0, kTile, sum);
     for (int64_t block = 0; block < count; ++block) {
       const int64_t here = smaller(kKStep, k - block * kKStep);
       const bf16* pair = pairs + block * kBlockElements;
-      if constexpr (Packed && R <= kStreamedRows) {
+      if constexpr (Packed && R <= kTuned.streamed_rows) {
         dot_tile<R, 0>(a, pair, here / 2, sum);
         dot_tile<R, 1>(a, pair + kTileElements, here / 2, sum);
         pair += here / 2 * kKStep;
@@ -129,15 +132,15 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
         fetch(block);
         for (int64_t i = 0; i < here / 2; ++i, pair += kKStep, a += R) {
           if constexpr (Packed) {
-            prefetch_to_l1(pair + 2 * kBlockElements);
-            prefetch_to_l1(pair + 2 * kBlockElements + kTileElements);
+            prefetch_to_l1(pair + kTuned.l1_blocks * kBlockElements);
+            prefetch_to_l1(pair + kTuned.l1_blocks * kBlockElements + kTileElements);
           }
           dot_row<R>(a, V::load_bits(pair), V::load_bits(pair + kTileElements), sum);
         }
       }
       if (here % 2) dot_row<R>(a, first_of_pair(pair), first_of_pair(pair + kTileElements), sum);
     }
-    Base::template store_sums<R>(c, kTile, sum);
+    Vectors::template store_sums<R>(c, kTile, sum);
   }
 
   // Where only half of the last pair is inside the matrix, the other half is cut off: a NaN in the padding
@@ -172,6 +175,12 @@ struct GemmAvx512Bf16 : GemmF32<S, Simd512> {
       sum[row][1] = _mm512_dpbf16_ps(sum[row][1], x, reinterpret_cast<__m512bh>(right));
     }
   }
+};
+
+template <Shape S>
+  requires(S.isa == Isa::avx512_bf16)
+struct BackEndOf<S> {
+  using type = GemmAvx512Bf16<S>;
 };
 
 }  // namespace jitmoe

@@ -29,7 +29,7 @@ struct GemmRef {
   }
 
   static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
-                      const Start& start, float* strip, float*) {
+                      const SumStart& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
     begin(blocks, start, strip);
     for (int64_t b = 0; b < blocks.count; ++b)
@@ -41,7 +41,7 @@ struct GemmRef {
   }
 
   static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
-                       const Start& start, float* strip, float*) {
+                       const SumStart& start, float* strip, float*) {
     const RowBlocks blocks(rows, S.m_step);
     begin(blocks, start, strip);
     for (int64_t b = 0; b < blocks.count; ++b)
@@ -53,7 +53,7 @@ struct GemmRef {
   }
 
   static int64_t column_at(int64_t lane) { return lane; }
-  static void settle(float*, int64_t) {}
+  static void to_natural_order(float*, int64_t) {}
 
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
                        int64_t rank, float* low) {
@@ -72,21 +72,34 @@ struct GemmRef {
           c[row * kStrip + column] += a[i * a_stride + row] * b[i * kStrip + column];
   }
 
-  template <bool Padded>
-  static void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-                   int64_t to_stride) {
+  static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                        int64_t to_stride) {
     for (int64_t column = 0; column < columns; ++column)
-      for (int64_t row = 0; row < (Padded ? kStrip : rows); ++row)
-        to[column * to_stride + row] = row < rows ? from[row * from_stride + column] : 0.0f;
+      for (int64_t row = 0; row < rows; ++row)
+        to[column * to_stride + row] = from[row * from_stride + column];
+  }
+
+  static void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
+                               float* to, int64_t to_stride) {
+    transpose(from, from_stride, rows, columns, to, to_stride);
+    for (int64_t column = 0; column < columns; ++column)
+      for (int64_t row = rows; row < kStrip; ++row) to[column * to_stride + row] = 0.0f;
   }
 
  private:
-  static void begin(const RowBlocks& blocks, const Start& start, float* strip) {
-    for (int64_t i = 0; start.zero && i < blocks.rows * kStrip; ++i) strip[i] = 0.0f;
+  static void begin(const RowBlocks& blocks, const SumStart& start, float* strip) {
+    for (int64_t row = 0; row < blocks.rows; ++row)
+      for (int64_t c = 0; c < kStrip; ++c) strip[row * kStrip + c] = start.from[row * start.stride + c];
     for (int64_t b = 0; b < blocks.count; ++b)
       outer(start.low + b * start.rank * S.m_step, S.m_step, blocks.size(b), start.lora, start.rank,
             strip + blocks.begin(b) * kStrip);
   }
+};
+
+template <Shape S>
+  requires(S.isa == Isa::ref)
+struct BackEndOf<S> {
+  using type = GemmRef<S>;
 };
 
 }  // namespace jitmoe

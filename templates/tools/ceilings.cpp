@@ -43,43 +43,36 @@ double seconds_of(int64_t threads, Loop loop) {
 // The values stay near one: neither zero, whose products are cheap in power, nor denormal.
 constexpr float kFactor = 0.75f, kAddend = 0.25f;
 
+// The widest vectors that the flags allow, in the compiler's notation.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-
-double fma_loop(int64_t steps) {
-  __m512 sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = _mm512_set1_ps(1.0f + 0.01f * static_cast<float>(i));
-  const __m512 factor = _mm512_set1_ps(kFactor), addend = _mm512_set1_ps(kAddend);
-  for (int64_t step = 0; step < steps; ++step)
-    for (int i = 0; i < kChains; ++i) sum[i] = _mm512_fmadd_ps(sum[i], factor, addend);
-  for (int i = 1; i < kChains; ++i) sum[0] = _mm512_add_ps(sum[0], sum[i]);
-  return _mm512_cvtss_f32(sum[0]);
-}
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-
-double fma_loop(int64_t steps) {
-  __m256 sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = _mm256_set1_ps(1.0f + 0.01f * static_cast<float>(i));
-  const __m256 factor = _mm256_set1_ps(kFactor), addend = _mm256_set1_ps(kAddend);
-  for (int64_t step = 0; step < steps; ++step)
-    for (int i = 0; i < kChains; ++i) sum[i] = _mm256_fmadd_ps(sum[i], factor, addend);
-  for (int i = 1; i < kChains; ++i) sum[0] = _mm256_add_ps(sum[0], sum[i]);
-  return _mm256_cvtss_f32(sum[0]);
-}
 #else
 constexpr int kLanes = 4;
+#endif
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Its flags do not contract a multiplication and an addition: where there is an instruction for both, it is written out.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 double fma_loop(int64_t steps) {
-  __m128 sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = _mm_set1_ps(1.0f + 0.01f * static_cast<float>(i));
-  const __m128 factor = _mm_set1_ps(kFactor), addend = _mm_set1_ps(kAddend);
+  Vector sum[kChains];
+  for (int i = 0; i < kChains; ++i) sum[i] = Vector{} + (1.0f + 0.01f * static_cast<float>(i));
+  const Vector factor = Vector{} + kFactor, addend = Vector{} + kAddend;
   for (int64_t step = 0; step < steps; ++step)
-    for (int i = 0; i < kChains; ++i) sum[i] = _mm_add_ps(_mm_mul_ps(sum[i], factor), addend);
-  for (int i = 1; i < kChains; ++i) sum[0] = _mm_add_ps(sum[0], sum[i]);
-  return _mm_cvtss_f32(sum[0]);
+    for (int i = 0; i < kChains; ++i) sum[i] = multiply_add(sum[i], factor, addend);
+  for (int i = 1; i < kChains; ++i) sum[0] += sum[i];
+  return sum[0][0];
 }
-#endif
 
 #ifdef __AVX512BF16__
 // Pairs (x, x) against (1, -1): the sums stay where they are and the operands are not zero.

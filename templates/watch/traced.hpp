@@ -44,16 +44,15 @@ struct Piece {
   int64_t column_stride;
 };
 
-inline void observe(const Call& call, Tensor what, int64_t expert, const Piece& piece,
-                    const float* values) {
+inline void observe(const Call& call, Tensor what, int64_t expert, const Piece& piece, const float* values) {
   constexpr int64_t tensors = static_cast<int64_t>(Tensor::count);
   call.observe(call.census + (expert * tensors + static_cast<int64_t>(what)) * kCensus, values, piece.row,
                piece.rows, piece.column, piece.columns, piece.row_stride, piece.column_stride);
 }
 
 // One strip of results: 32 columns of all rows of a segment, less what lies beyond `width`.
-inline void observe_strip(const Call& call, Tensor what, const Segment& segment, int64_t strip,
-                          int64_t width, const float* values) {
+inline void observe_strip(const Call& call, Tensor what, const Segment& segment, int64_t strip, int64_t width,
+                          const float* values) {
   const int64_t column = strip * kStrip;
   observe(call, what, segment.expert,
           {segment.row, segment.rows, column, smaller(kStrip, width - column), kStrip, 1}, values);

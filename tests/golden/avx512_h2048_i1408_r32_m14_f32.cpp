@@ -8,6 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 32,
     .m_step = 14,
     .lora_bf16 = false,
+    .activation = jitmoe::Activation::silu,
     .watch = jitmoe::Watch::nothing,
 };
 

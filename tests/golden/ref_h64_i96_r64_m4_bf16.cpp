@@ -8,6 +8,7 @@ constexpr jitmoe::Shape shape{
     .padded_rank = 64,
     .m_step = 4,
     .lora_bf16 = true,
+    .activation = jitmoe::Activation::silu,
     .watch = jitmoe::Watch::nothing,
 };
 

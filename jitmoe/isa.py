@@ -1,0 +1,81 @@
+"""The one table of instruction sets: what each needs of a CPU, of the compiler and of the plan."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+IsaName = Literal["amx", "avx512_bf16", "avx512", "avx2", "ref"]
+IsaChoice = IsaName | Literal["auto"]
+
+EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
+"""Features whose instructions the emulator executes, where ``JITMOE_EMULATE`` turns it on."""
+
+TUNING_FLAGS = {"avx512f": "-mprefer-vector-width=512"}
+"""What the compiler is told beside a feature itself."""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One set of kernels.
+
+    Attributes:
+        name: as in ``enum class Isa`` of shape.hpp.
+        features: of the CPU that its kernels may use, in LLVM's spelling, which is that of the compiler flags too.
+        m_steps: rows of a register block, ascending. Many rows fill the registers with accumulators (14 x 2 of 32
+            vectors on AVX-512, 6 x 2 of 16 on AVX2). Few rows leave room to expand the weights in registers instead of
+            sweeping an expanded panel; VDPBF16PS needs no expansion. On AMX they are one or two tiles.
+        operand: what a panel holds, the left operand of the products.
+        column_step: what the rows of a panel are padded to: whole tiles, pairs, or nothing.
+        row_limits: mean rows per active expert beyond which the next kernel is taken, for each kernel but the last.
+        few_rows: another set, whose smallest register block takes the fewest rows.
+    """
+
+    name: IsaName
+    features: tuple[str, ...]
+    m_steps: tuple[int, ...]
+    operand: Literal["float32", "bfloat16"] = "float32"
+    column_step: int = 1
+    row_limits: tuple[int, ...] = ()
+    few_rows: IsaName | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Compiler flags, named one by one, never ``-march=native``: the same text gives the same code everywhere."""
+        tuning = (flag for feature, flag in TUNING_FLAGS.items() if feature in self.features)
+        return (*(f"-m{feature}" for feature in self.features), *tuning)
+
+    @property
+    def emulated_features(self) -> frozenset[str]:
+        """Those of its features that the emulator executes."""
+        return EMULATED_FEATURES & set(self.features)
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+ISAS: dict[str, InstructionSet] = {
+    isa.name: isa
+    for isa in (
+        InstructionSet(
+            "amx",
+            features=(*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+            m_steps=(16, 32),
+            operand="bfloat16",
+            column_step=32,
+            # Few rows are bound by the reading of the weights on AVX-512 as well, which needs no tiles. Up to 8, hardly
+            # an expert has more than one tile of rows, and with 32 half of each panel would be empty.
+            row_limits=(4, 8),
+            few_rows="avx512",
+        ),
+        InstructionSet(
+            "avx512_bf16",
+            features=(*_AVX512, "avx512bf16"),
+            m_steps=(14,),
+            operand="bfloat16",
+            column_step=2,
+        ),
+        InstructionSet("avx512", features=_AVX512, m_steps=(4, 14), row_limits=(4,)),
+        InstructionSet("avx2", features=_AVX2, m_steps=(3, 6), row_limits=(4,)),
+        InstructionSet("ref", features=(), m_steps=(4, 14), row_limits=(4,)),
+    )
+}
+"""Instruction sets with kernels by name, best first; ``ref`` is scalar C++ that any CPU runs."""
