@@ -12,6 +12,7 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.memory import estimate
 from jitmoe.memory.estimate import Load
+from jitmoe.memory.model import read_model
 from jitmoe.plan import shapes
 
 SMALL = MoEConfig(num_experts=4, hidden_size=33, intermediate_size=50, top_k=2, lora_rank=5, isa="ref")
@@ -161,7 +162,7 @@ def test_a_models_config_json(name, tmp_path):
     content, (experts, hidden, intermediate, top_k, layers) = MODELS[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    model = estimate.read_model(path)
+    model = read_model(path)
     assert model.layers == layers and model.notes == ()
     config = MoEConfig(**model.fields)
     assert (config.num_experts, config.hidden_size, config.intermediate_size, config.top_k) == (
@@ -183,7 +184,7 @@ def test_a_models_config_json(name, tmp_path):
 def test_figures_of_published_models(name, layers, packed, adapters, saved, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS[name][0]))
-    model = estimate.read_model(path)
+    model = read_model(path)
     load = Load(MoEConfig(**model.fields, lora_rank=16, isa="avx512_bf16"), 4096, model.layers, threads=32)
     for kind, nbytes in (("packed weight", packed), ("parameter", adapters), ("optimizer", 2 * adapters)):
         assert bytes_of(load, kind) == pytest.approx(layers * nbytes, rel=1e-3)
@@ -207,7 +208,7 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     path = tmp_path / "config.json"
     content, (experts, hidden, intermediate, top_k, layers) = MODELS[name]
     path.write_text(json.dumps(content))
-    model = estimate.read_model(path)
+    model = read_model(path)
     tokens, rank, threads = 4096, 16, 32
     config = MoEConfig(**model.fields, lora_rank=rank, isa="avx512_bf16")
     found = estimate.estimate(Load(config, tokens, model.layers, threads, training))
@@ -245,7 +246,7 @@ def test_not_a_models_config_json(content, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        estimate.read_model(path)
+        read_model(path)
 
 
 @pytest.mark.parametrize(
