@@ -322,7 +322,8 @@ class TestTargets:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ceilings.Ceilings.__init__, "__defaults__", (1 << 20, 1000))
             patch.setattr(targets, "find_workload", lambda name: replace(TINY, name=name, zipf=name == "W2z"))
-            return targets.measure_targets("ref", replace(OURS, peers=("torch-f32", "grouped-f32")), 1)[1]
+            options = replace(OURS, peers=("torch-f32", "grouped-f32"))
+            return targets.judge_targets(list(targets.measure_workloads(options, 1)), options, 1)
 
     def test_every_target_has_a_line(self, lines):
         assert len({line.what for line in lines}) == len(lines) == len(targets.ROOFLINE) + len(targets.FASTER) + 9
@@ -426,12 +427,12 @@ class TestMemory:
         monkeypatch.setattr(footprint, "available_memory", lambda: 1)
         monkeypatch.setattr(footprint, "in_child", None)
         with pytest.raises(BenchError, match=r"tiny .*more than this machine has free"):
-            next(footprint.measure_footprints(TINY, "ref", "float32", 1))
+            footprint.measure_footprint(footprint.Case(TINY, "ref", "float32", TRAINING_MODE, 1))
 
     @pytest.mark.slow
     def test_a_layer_takes_what_is_planned(self):
         isa = usable_isas()[0]
-        for found in footprint.measure_footprints(WORKLOADS["W6s"], isa, "float32", 2):
+        for found in footprint.measure_footprints([WORKLOADS["W6s"]], [isa], "float32", 2):
             assert found.ratio == pytest.approx(1, abs=0.03), footprint.footprint_table([found])
             assert found.unplanned <= 0.01 * found.plan.nbytes, footprint.footprint_table([found])
 

@@ -13,6 +13,7 @@ from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, PLAN, ROUTE, wat
 from jitmoe.jit.kernels import STEPS as STEPS_INSIDE
 from jitmoe.oracle.data import Batch, batches, make_base, make_lora
 from jitmoe.oracle.workloads import PASSES, TRAINING, Work, Workload, work_of
+from jitmoe.progress import track
 from jitmoe.text import table
 
 REST = "torch and autograd"
@@ -63,7 +64,7 @@ def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
         with watch(timed=True):
             _warm_up([layer], next(inputs), training)
         _warm_up([layer, bare], next(inputs), training)
-    for _ in range(repeat):
+    for _ in track(range(repeat), repeat, f"{workload.name} round"):
         batch = next(inputs)
         phases.active.append(batch.active)
         for pass_name in PASSES:
