@@ -17,7 +17,7 @@ from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.measure import Measurement, Options, Outcome
 from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, predict, prediction_table, product_share
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
-from jitmoe.cli import app
+from jitmoe.cli import main
 from jitmoe.errors import BenchError, ConfigError
 from jitmoe.jit.kernels import STEPS
 from jitmoe.oracle.data import batches, make_base
@@ -454,7 +454,7 @@ class TestCommand:
     def test_a_run(self, tmp_path, capsys):
         path = tmp_path / "bench.json"
         arguments = ["bench", *self.SIZES.split(), "--peers", "torch-bf16", "--repeat", "1", "--json", str(path)]
-        assert app.main(arguments) == 0
+        assert main(arguments) == 0
         out = capsys.readouterr().out
         assert "own: E=4" in out and "torch-bf16" in out and "jitmoe ref" in out
         content = json.loads(path.read_text())
@@ -464,7 +464,7 @@ class TestCommand:
     def test_memory(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(footprint, "MODES", (FORWARD_MODE,))
         path = tmp_path / "memory.json"
-        assert app.main(["bench", "--memory", *self.SIZES.split(), "--json", str(path)]) == 0
+        assert main(["bench", "--memory", *self.SIZES.split(), "--json", str(path)]) == 0
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("own "))
         (found,) = json.loads(path.read_text())["memory"]
         assert line.split()[:3] == ["own", "ref", "forward"] and found["threads"] == 1
@@ -476,14 +476,14 @@ class TestCommand:
     def test_kernels_that_watch_themselves_are_not_measured(self, variable, command, capsys, monkeypatch):
         monkeypatch.setenv(variable, "1")
         sizes = [] if command.startswith("check") else self.SIZES.split()
-        assert app.main([*command.split(), *sizes]) == 1
+        assert main([*command.split(), *sizes]) == 1
         out, err = capsys.readouterr()
         assert out == "" and f"jitmoe: {variable} is set" in err and f"(env -u {variable} " in err
 
     @pytest.mark.parametrize("off", ["0", ""])
     def test_a_variable_that_is_off_is_no_reason(self, off, capsys, monkeypatch):
         monkeypatch.setenv("JITMOE_CHECKED", off)
-        assert app.main(["bench", "W9"]) == 1
+        assert main(["bench", "W9"]) == 1
         assert "known are W1" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ class TestCommand:
         ],
     )
     def test_what_it_refuses(self, arguments, message, capsys):
-        assert app.main(["bench", *arguments.split()]) == 1
+        assert main(["bench", *arguments.split()]) == 1
         assert message in capsys.readouterr().err
 
 
