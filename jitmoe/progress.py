@@ -32,10 +32,15 @@ def track(items: Iterable[Item], total: int, what: str, name: Callable[[Item], s
         what: the loop counts, in the singular: "W1 round".
         name: of an item, shown when it is done.
     """
-    with _bar(total, what) if sys.stderr.isatty() else _lines(total, what) as advance:
+    with _bar(total, what) if _on_terminal() else _lines(total, what) as advance:
         for done, item in enumerate(items, 1):
             yield item
             advance(done, name(item) if name else "")
+
+
+def _on_terminal() -> bool:
+    # A service may have no stderr at all, or one that can do nothing but write.
+    return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
 
 
 @contextmanager

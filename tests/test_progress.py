@@ -36,6 +36,11 @@ def test_a_loop_that_fails_hides_no_later_one(capsys) -> None:
     assert len(lines_of(5, capsys)) == 5
 
 
+def test_a_process_without_stderr_still_works(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(track(range(3), 3, "step")) == [0, 1, 2]
+
+
 def test_a_bar_on_a_terminal_is_gone_afterwards() -> None:
     program = (
         "from jitmoe.progress import track\n"
