@@ -2,6 +2,6 @@
 
 import sys
 
-from jitmoe.cli.app import main
+from jitmoe.cli import main
 
 sys.exit(main())

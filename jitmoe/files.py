@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, whatever happens to the process that writes them."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import filelock
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
     part = path.with_name(f".{path.name}.part")
-    with os.fdopen(_open_locked(part), "r+b") as stream:
+    with _folder_of(path) as folder, _sole_writer(part), os.fdopen(_open(part), "r+b") as stream:
         try:
             stream.truncate()
             yield stream
@@ -33,29 +34,35 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
+        os.fsync(folder)
 
 
-def _open_locked(part: Path) -> int:
-    """``part``, locked against other writers; the system frees the lock if we die."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+@contextmanager
+def _folder_of(path: Path) -> Iterator[int]:
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock another writer may have finished: what we hold is then the published file.
-        if not (part.exists() and os.path.samestat(part.stat(), os.fstat(descriptor))):
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(f"{part} is being written by somebody else") from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _sole_writer(part: Path) -> Iterator[None]:
+    """Keep other writers of ``part`` out; the system frees the lock if we die.
+
+    The lock is removed while it is held: filelock looks for that, and takes none that has lost its name.
+    """
+    lock = filelock.FileLock(f"{part}.lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(f"{part} is being written by somebody else") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _open(part: Path) -> int:
+    return os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -14,8 +14,8 @@ import jitmoe
 from jitmoe import MemoryPlan, MoEConfig, MoELayer
 from jitmoe.errors import BudgetError, ConfigError
 from jitmoe.experts import call, ops, pack, workspace
-from jitmoe.memory.tensors import KINDS
 from jitmoe.memory.plan import kernels_of, plan_layer
+from jitmoe.memory.tensors import KINDS
 from jitmoe.plan import shapes
 from jitmoe.plan.scratch import CallSize, plan_backward, plan_forward, prove, row_bytes
 

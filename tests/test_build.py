@@ -94,7 +94,7 @@ class TestBuild:
         ]
         assert build.build(forced, progress=False).kernels[0].key == report.kernels[0].key
         said = capfd.readouterr().err.splitlines()
-        assert len(said) == 2 and said[-1].startswith("jitmoe: [2/2] ref_h64_i32_r32_m")
+        assert len(said) == 2 and said[-1].startswith("jitmoe: kernel 2/2 ref_h64_i32_r32_m")
 
     def test_nothing_to_build(self):
         assert build.build([]).kernels == ()

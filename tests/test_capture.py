@@ -15,10 +15,11 @@ from yardstick import Inputs, Results, make_inputs, results_of_layer
 
 from jitmoe import MoEConfig, MoELayer
 from jitmoe.bench.ceilings import Ceilings
-from jitmoe.cli import app
+from jitmoe.cli import main
 from jitmoe.errors import CaptureError, ConfigError
 from jitmoe.inspect.capture import MOST_FILES
-from jitmoe.inspect.replay import compare, read_recording
+from jitmoe.inspect.recording import read_recording
+from jitmoe.inspect.replay import compare
 from jitmoe.oracle.reference import LoraTensors
 
 ISA = usable_isas()[0]
@@ -172,7 +173,7 @@ class TestOnNonfinite:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: object) -> tuple[int, str, str]:
-        status = app.main([str(argument) for argument in arguments])
+        status = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

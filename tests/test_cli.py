@@ -1,13 +1,18 @@
 """The command line: what it prints, and its exit status."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
+from helpers import run_python
 
 from jitmoe import settings
-from jitmoe.cli import app
+from jitmoe.cli import doctor, main, options
+from jitmoe.config import ISAS, LORA_DTYPES
 from jitmoe.jit import cache, cpu
 from jitmoe.jit.render import Instance, render
 from jitmoe.plan.shapes import Shape
@@ -21,10 +26,7 @@ def run(capsys, cold_cache, monkeypatch):
     monkeypatch.delenv("JITMOE_ISA", raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = app.main(arguments)
-        except SystemExit as error:
-            status = int(error.code or 0)
+        status = main(arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -38,31 +40,101 @@ def quick_kernels(monkeypatch):
     def tiny(shape: Shape) -> Instance:
         return Instance(shape, f'extern "C" int m_step() {{ return {shape.m_step}; }}\n')
 
-    monkeypatch.setattr(app.render, "render", tiny)
+    monkeypatch.setattr("jitmoe.jit.render.render", tiny)
+
+
+CACHE = ["cache", "cache path", "cache list", "cache clear"]
+COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", *CACHE]
 
 
 class TestHelp:
-    @pytest.mark.parametrize(
-        "command", ["", "doctor", "build", "show", "replay", "check", "cache", "cache path", "cache clear"]
-    )
-    def test_help_everywhere(self, run, command):
-        status, out, _ = run(*command.split(), "--help")
-        assert status == 0
-        assert out.startswith(f"usage: jitmoe {command}".rstrip())
+    @pytest.mark.parametrize("option", ["--help", "-h"])
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_everywhere(self, run, command, option):
+        status, out, err = run(*command.split(), option)
+        assert (status, err) == (0, "")
+        assert out.split()[: 2 + len(command.split())] == ["Usage:", "jitmoe", *command.split()]
+        assert "…" not in out, "a text is cut off"
 
     def test_doctor_help_lists_every_variable(self, run):
         out = run("doctor", "--help")[1]
         for setting in settings.SETTINGS.values():
             assert setting.variable in out
 
-    @pytest.mark.parametrize("wrong", ["", "cache", "nonsense", "build --hidden-size wide", "build --isa sse9"])
+    @pytest.mark.parametrize(
+        "wrong",
+        ["", "cache", "nonsense", "build --frob", "build --hidden-size wide", "build --isa sse9", "replay",
+         "check --mode guess", "bench --phases --memory", "bench --sweep tokens --targets", "bench --repeat"],
+    )  # fmt: skip
     def test_wrong_usage_is_status_2(self, run, wrong):
-        status, _, err = run(*wrong.split())
-        assert status == 2 and "usage: jitmoe" in err
+        status, out, err = run(*wrong.split())
+        assert (status, out) == (2, "") and "─ Error ─" in err and "Traceback" not in err
 
     def test_as_a_module(self):
         result = subprocess.run([sys.executable, "-m", "jitmoe", "--version"], capture_output=True, text=True)
         assert (result.returncode, result.stdout.split()[0]) == (0, "jitmoe")
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_a_script_for_completion(self, run, monkeypatch, shell):
+        monkeypatch.setenv("_JITMOE_COMPLETE", f"source_{shell}")
+        status, out, _ = run()
+        assert status == 0 and f"_JITMOE_COMPLETE=complete_{shell}" in out
+
+    def test_choices_are_those_of_the_config(self):
+        assert get_args(options.Isa) == ("auto", *ISAS) and get_args(options.LoraDtype) == LORA_DTYPES
+
+    @pytest.mark.parametrize(
+        "arguments", ["--help", "doctor", "cache list", "estimate --isa ref --tokens 8 --num-experts 4 --top-k 2 "
+                      "--hidden-size 64 --intermediate-size 32"]
+    )  # fmt: skip
+    def test_what_needs_no_torch_does_not_load_it(self, arguments, cold_cache):
+        program = "import sys; from jitmoe.cli import main; status = main({}); print(status, 'torch' in sys.modules)"
+        assert run_python(program.format(arguments.split())).splitlines()[-1] == "0 False"
+
+
+class TestOutput:
+    def test_a_reader_that_goes_away(self, cold_cache):
+        """As `jitmoe show ... | true`: no traceback, and nothing more when Python ends."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "jitmoe", "cache", "list"]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+    def test_a_name_that_the_terminal_cannot_show(self, tmp_path):
+        place = tmp_path / "größe"
+        environment = {**os.environ, "JITMOE_CACHE_DIR": str(place), "PYTHONIOENCODING": "ascii"}
+        found = {
+            action: subprocess.run(
+                [sys.executable, "-m", "jitmoe", "cache", action], env=environment, capture_output=True, timeout=60
+            )
+            for action in ("list", "path")
+        }
+        assert found["list"].stdout == f"no kernels in {tmp_path}/gr\\xf6\\xdfe\n".encode()
+        assert found["path"].stdout == os.fsencode(place) + b"\n", "a script gets the bytes as they are"
+        assert not any(done.returncode or done.stderr for done in found.values())
+
+    def test_a_table_on_a_terminal(self, cold_cache):
+        shown = on_a_terminal([sys.executable, "-m", "jitmoe", "doctor"])
+        assert str(cold_cache)[:20] in shown and "compiler" in shown and "Traceback" not in shown
+
+
+def on_a_terminal(command: list[str]) -> str:
+    """What ``command`` shows on a terminal, control sequences included."""
+    shown = b""
+    ours, its = pty.openpty()
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(its)
+        # Linux ends the reading with an error when the last writer has closed the terminal.
+        try:
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        except OSError:
+            pass
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown.decode()
 
 
 class TestDoctor:
@@ -108,8 +180,8 @@ class TestDoctor:
         assert status == 1 and "set JITMOE_CACHE_DIR" in err and "not usable" in out
 
     def test_a_missing_package(self, run, monkeypatch):
-        installed = app._version
-        monkeypatch.setattr(app, "_version", lambda name: app.MISSING if name == "torch" else installed(name))
+        installed = doctor._version
+        monkeypatch.setattr(doctor, "_version", lambda name: doctor.MISSING if name == "torch" else installed(name))
         status, _, err = run("doctor")
         assert status == 1 and "pip install torch" in err
 

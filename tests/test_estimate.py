@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import jitmoe
-from jitmoe.cli import app
+from jitmoe.cli import main
 from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.memory import estimate
 from jitmoe.memory.estimate import Load
+from jitmoe.memory.model import read_model
 from jitmoe.plan import shapes
 
 SMALL = MoEConfig(num_experts=4, hidden_size=33, intermediate_size=50, top_k=2, lora_rank=5, isa="ref")
@@ -161,7 +162,7 @@ def test_a_models_config_json(name, tmp_path):
     content, (experts, hidden, intermediate, top_k, layers) = MODELS[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    model = estimate.read_model(path)
+    model = read_model(path)
     assert model.layers == layers and model.notes == ()
     config = MoEConfig(**model.fields)
     assert (config.num_experts, config.hidden_size, config.intermediate_size, config.top_k) == (
@@ -183,7 +184,7 @@ def test_a_models_config_json(name, tmp_path):
 def test_figures_of_published_models(name, layers, packed, adapters, saved, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS[name][0]))
-    model = estimate.read_model(path)
+    model = read_model(path)
     load = Load(MoEConfig(**model.fields, lora_rank=16, isa="avx512_bf16"), 4096, model.layers, threads=32)
     for kind, nbytes in (("packed weight", packed), ("parameter", adapters), ("optimizer", 2 * adapters)):
         assert bytes_of(load, kind) == pytest.approx(layers * nbytes, rel=1e-3)
@@ -207,7 +208,7 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     path = tmp_path / "config.json"
     content, (experts, hidden, intermediate, top_k, layers) = MODELS[name]
     path.write_text(json.dumps(content))
-    model = estimate.read_model(path)
+    model = read_model(path)
     tokens, rank, threads = 4096, 16, 32
     config = MoEConfig(**model.fields, lora_rank=rank, isa="avx512_bf16")
     found = estimate.estimate(Load(config, tokens, model.layers, threads, training))
@@ -245,7 +246,7 @@ def test_not_a_models_config_json(content, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        estimate.read_model(path)
+        read_model(path)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_not_a_models_config_json(content, message, tmp_path):
 def test_experts_that_are_not_ours_are_said_to_be(fields, words, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS["Mixtral"][0] | fields))
-    assert app.main(["estimate", str(path), "--tokens", "8"]) == 0
+    assert main(["estimate", str(path), "--tokens", "8"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"Note: {words}") and last.endswith(".")
 
@@ -266,9 +267,7 @@ def test_experts_that_are_not_ours_are_said_to_be(fields, words, tmp_path, capsy
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MODELS["Qwen3-30B-A3B"][0]))
-    assert (
-        app.main(["estimate", str(path), "--tokens", "2048", "--lora-rank", "4", "--recompute", "--isa", "avx2"]) == 0
-    )
+    assert main(["estimate", str(path), "--tokens", "2048", "--lora-rank", "4", "--recompute", "--isa", "avx2"]) == 0
     out = capsys.readouterr().out
     title = "128 experts of 2048 x 768, top 8, LoRA of rank 4 in float32, 2048 tokens, "
     assert out.startswith(f"One layer and its call: {title}") and "training, isa avx2\n" in out
@@ -279,10 +278,10 @@ def test_the_command(tmp_path, capsys):
     assert rows["packed"].split()[-5:] == ["1.21", "GB", "48", "58", "GB"]
     assert {"machine", "saving", "scratch", "optimizer"} <= set(rows) and "budget" not in rows
     arguments = ["--num-experts", "4", "--hidden-size", "33", "--intermediate-size", "50", "--top-k", "2"]
-    assert app.main(["estimate", *arguments, "--memory-budget", "1000"]) == 0
+    assert main(["estimate", *arguments, "--memory-budget", "1000"]) == 0
     assert "memory_budget of a layer: does not fit" in capsys.readouterr().out
-    assert app.main(["estimate", "--tokens", "8"]) == 1
+    assert main(["estimate", "--tokens", "8"]) == 1
     assert "--num-experts" in capsys.readouterr().err
     for option in ("--layers", "--threads", "--tokens"):
-        assert app.main(["estimate", str(path), option, "0"]) == 1
+        assert main(["estimate", str(path), option, "0"]) == 1
         assert option.strip("-") in capsys.readouterr().err

@@ -23,6 +23,7 @@ from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.data import Batch, batches
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.shapes import plan_kernels
+from jitmoe.progress import track
 from jitmoe.text import table
 
 CALLER = ("x", "weights", "topk_ids", "out.grad")
@@ -129,22 +130,32 @@ def _has_a_name(kind: str, name: str) -> bool:
     )
 
 
-def measure_footprints(workload: Workload, isa: str, lora_dtype: str, threads: int) -> Iterator[Footprint]:
-    """Measure one workload in every mode of :data:`MODES`.
+def measure_footprints(
+    workloads: Sequence[Workload], isas: Sequence[str], lora_dtype: str, threads: int
+) -> Iterator[Footprint]:
+    """Measure each of ``workloads`` on each of ``isas`` in every mode of :data:`MODES`.
 
     Raises:
-        BenchError: if a case does not fit into the free memory, or the system does not say what a process held.
+        BenchError: as for :func:`measure_footprint`.
     """
-    for mode in MODES:
-        case = Case(workload, isa, lora_dtype, mode, threads)
-        plan = case.plan()
-        if plan.nbytes > available_memory():
-            raise BenchError(
-                f"{workload.name} ({mode.name}) takes {plan.nbytes} bytes, more than this machine has free"
-            )
-        # Here, so that the child loads them and starts no compiler.
-        jitmoe.build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
-        yield Footprint(case, plan, *in_child(measure_case, case))
+    cases = [Case(w, isa, lora_dtype, mode, threads) for w in workloads for isa in isas for mode in MODES]
+    for case in track(cases, len(cases), "case", lambda case: f"{case.workload.name} {case.isa} {case.mode.name}"):
+        yield measure_footprint(case)
+
+
+def measure_footprint(case: Case) -> Footprint:
+    """What ``case`` takes.
+
+    Raises:
+        BenchError: if it does not fit into the free memory, or the system does not say what a process held.
+    """
+    plan = case.plan()
+    if plan.nbytes > available_memory():
+        what = f"{case.workload.name} ({case.mode.name})"
+        raise BenchError(f"{what} takes {plan.nbytes} bytes, more than this machine has free")
+    # Here, so that the child loads them and starts no compiler.
+    jitmoe.build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
+    return Footprint(case, plan, *in_child(measure_case, case))
 
 
 def in_child(function: Callable[..., Returned], *arguments: Any) -> Returned:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import jitmoe
@@ -56,8 +57,8 @@ def start_peak() -> Start | None:
         new = True
     except OSError:
         new = False
-    held, mark = _status_bytes("VmRSS"), _status_bytes("VmHWM")
-    return None if held is None or mark is None else Start(held, 0 if new else mark)
+    mark = _high_water_mark()
+    return None if mark is None else Start(_held(), 0 if new else mark)
 
 
 def peak_since(start: Start | None) -> int | None:
@@ -66,13 +67,18 @@ def peak_since(start: Start | None) -> int | None:
     Linux counts pages on each CPU and adds them up in batches, so the figure may be some 100 kB a CPU off. None where
     the system does not say: also where it began no new mark and the old one still stands.
     """
-    peak = _status_bytes("VmHWM")
+    peak = _high_water_mark()
     if start is None or peak is None or peak <= start.mark:
         return None
     return max(peak - start.held, 0)
 
 
-def _status_bytes(field: str) -> int | None:
+def _held() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _high_water_mark() -> int | None:
+    """The most bytes held since the last new mark; psutil has no such figure."""
     lines = _STATUS.read_text(encoding="ascii").splitlines()
-    line = next((line for line in lines if line.startswith(f"{field}:")), None)
+    line = next((line for line in lines if line.startswith("VmHWM:")), None)
     return None if line is None else int(line.split()[1]) * 1024

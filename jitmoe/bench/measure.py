@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from jitmoe.oracle.data import Base, Batch, batches, make_base, make_lora
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.workloads import FORWARD, TRAINING, Work, Workload, work_of
 from jitmoe.plan.shapes import Shape
+from jitmoe.progress import track
 
 SEED = 20250
 
@@ -187,8 +187,7 @@ class Rounds:
     def run(self, measurements: Sequence[Measurement]) -> None:
         """Time everybody ``repeat`` times and fill in what follows from the times."""
         active = []
-        for index in range(self._repeat):
-            print(f"jitmoe: {self._workload.name} round {index + 1}/{self._repeat}", file=sys.stderr)
+        for _ in track(range(self._repeat), self._repeat, f"{self._workload.name} round"):
             self._rates.append(self._ceilings.measure())
             batch = next(self._inputs)
             active.append(batch.active)

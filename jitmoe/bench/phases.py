@@ -15,6 +15,7 @@ from jitmoe.host.route import route
 from jitmoe.jit.abi import PHASES
 from jitmoe.oracle.data import Batch, batches, make_base, make_lora
 from jitmoe.oracle.workloads import PASSES, TRAINING, Work, Workload, work_of
+from jitmoe.progress import track
 from jitmoe.text import table
 
 REST = "torch and autograd"
@@ -66,7 +67,7 @@ def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
         with watch(timed=True):
             _warm_up([layer], next(inputs), training)
         _warm_up([layer, bare], next(inputs), training)
-    for _ in range(repeat):
+    for _ in track(range(repeat), repeat, f"{workload.name} round"):
         batch = next(inputs)
         phases.active.append(batch.active)
         for pass_name in PASSES:

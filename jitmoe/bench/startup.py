@@ -21,6 +21,7 @@ from jitmoe.jit.render import render
 from jitmoe.oracle.data import batches, make_base
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.shapes import plan_kernels
+from jitmoe.progress import track
 
 FEW_EXPERTS = 2
 """Of the layer that a fresh process makes: its kernels are those of the workload, its weights are soon there."""
@@ -84,7 +85,7 @@ def _process(workload: Workload, isa: str, repeat: int) -> float:
     first_result(few, isa)  # compiles here what is missing
     pairs = [
         (_process_seconds(first_result, few, isa), _process_seconds(importlib.import_module, "torch"))
-        for _ in range(repeat)
+        for _ in track(range(repeat), repeat, "pair of processes")
     ]
     return statistics.median(ours - torch_alone for ours, torch_alone in pairs)
 

@@ -1,6 +1,5 @@
 """Cost along one axis, everything else fixed: tokens, experts, LoRA rank or threads."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -9,10 +8,9 @@ import torch
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.measure import Options, Outcome, compare
 from jitmoe.errors import BenchError
-from jitmoe.oracle.workloads import FORWARD, TRAINING, WORKLOADS, Workload
+from jitmoe.oracle.workloads import FORWARD, TRAINING, Workload
+from jitmoe.progress import track
 from jitmoe.text import table
-
-SWEPT = replace(WORKLOADS["W2"], name="W2")
 
 VALUES: dict[str, tuple[int, ...]] = {
     "tokens": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
@@ -58,8 +56,8 @@ def run_sweep(axis: str, workload: Workload, options: Options, threads: int, qui
     """
     points: list[Point] = []
     ceilings = None
-    for value, variant, used in _variants(axis, workload, threads, quick):
-        print(f"jitmoe: {axis} = {value}", file=sys.stderr)
+    variants = list(_variants(axis, workload, threads, quick))
+    for value, variant, used in track(variants, len(variants), "point", lambda point: f"{axis} = {point[0]}"):
         torch.set_num_threads(used)
         if ceilings is None or ceilings.threads != used:
             del ceilings  # before the next one takes its memory

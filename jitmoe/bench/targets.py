@@ -5,16 +5,14 @@ bfloat16, ours have twice the ceiling to reach, and plain torch in bfloat16 is a
 """
 
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jitmoe.bench.ceilings import Ceilings
-from jitmoe.bench.footprint import Footprint, measure_footprints
+from jitmoe.bench.footprint import MODES, Case, Footprint, measure_footprint
 from jitmoe.bench.measure import Measurement, Options, Outcome, compare
 from jitmoe.bench.phases import LORA, STEPS, Phases, measure_phases
-from jitmoe.bench.report import outcome_table
 from jitmoe.bench.startup import Startup, measure_startup
 from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, find_workload
@@ -70,27 +68,33 @@ class Line:
     met: bool
 
 
-def measure_targets(isa: str, options: Options, threads: int) -> tuple[list[Outcome], list[Line]]:
-    """Run everything on ``isa``; tables of the workloads are printed as they come."""
+def measure_workloads(options: Options, threads: int) -> Iterator[Outcome]:
+    """Those of :data:`MEASURED`, as they come."""
     ceilings = Ceilings(threads)
-    outcomes = {}
     for name in MEASURED:
-        found = compare(find_workload(name), options, ceilings)
-        outcomes[name] = found
-        print(f"\n{outcome_table(found)}", flush=True)
-    del ceilings  # its memory, before the others take theirs
-    print("jitmoe: phases, memory and start of W2", file=sys.stderr)
+        yield compare(find_workload(name), options, ceilings)
+
+
+def judge_targets(measured: Sequence[Outcome], options: Options, threads: int) -> list[Line]:
+    """Measure phases, memory and start of W2 too, and hold everything to the targets.
+
+    Args:
+        measured: of :func:`measure_workloads`, all of them.
+        options: the same; with one instruction set.
+        threads: of a call.
+    """
+    (isa,) = options.isas
+    outcomes = {outcome.workload.name: outcome for outcome in measured}
     w2 = find_workload("W2")
     phases = measure_phases(w2, isa, options.repeat)
-    footprint = next(measure_footprints(w2, isa, options.lora_dtype, threads))
+    footprint = measure_footprint(Case(w2, isa, options.lora_dtype, MODES[0], threads))
     startup = measure_startup(w2, isa, options.repeat)
-    lines = [
+    return [
         *_roofline_lines(outcomes, isa),
         *_faster_lines(outcomes, isa),
         *_shape_lines(outcomes, phases, isa),
         *_other_lines(footprint, startup, isa, threads),
     ]
-    return list(outcomes.values()), lines
 
 
 def targets_table(lines: Sequence[Line]) -> str:

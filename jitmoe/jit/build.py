@@ -3,10 +3,9 @@
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,6 +18,7 @@ from jitmoe.jit.render import Instance, Program
 from jitmoe.jit.toolchain import Compiler
 from jitmoe.plan import shapes
 from jitmoe.plan.shapes import Shape
+from jitmoe.progress import track
 from jitmoe.text import table
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -60,12 +60,16 @@ class BuildReport:
 
     kernels: tuple[KernelReport, ...]
 
-    def __str__(self) -> str:
-        rows = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
+    def rows(self) -> list[tuple[str, ...]]:
+        """Of the table, its head first."""
+        rows: list[tuple[str, ...]] = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
         for kernel in self.kernels:
             figures = (str(kernel.m_step), kernel.status, f"{kernel.seconds:.2f}", str(kernel.path))
             rows.append((kernel.shape.name, cpu.describe(kernel.isa), *figures))
-        return table(rows)
+        return rows
+
+    def __str__(self) -> str:
+        return table(self.rows())
 
 
 def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> BuildReport:
@@ -73,7 +77,7 @@ def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> Bu
 
     Args:
         configs: one config or several; kernels that they share are built once.
-        progress: print a line on stderr for each finished kernel.
+        progress: say on stderr how many kernels are done; see :func:`~jitmoe.progress.track`.
 
     Returns:
         One report per kernel, in the order of the configs and their plans.
@@ -106,8 +110,10 @@ def build_instances(
     compiler, headers, store = toolchain.find_compiler(), template_headers(), store or cache.open_cache()
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         futures = [pool.submit(_find_or_compile, instance, compiler, headers, store) for instance in instances]
+        finished = (future.result() for future in as_completed(futures))
         try:
-            _wait(futures, progress)
+            for _ in track(finished, len(futures), "kernel", _outcome) if progress else finished:
+                pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -151,12 +157,8 @@ def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> st
     return digest.hexdigest()
 
 
-def _wait(futures: Sequence[Future[KernelReport]], progress: bool) -> None:
-    for count, future in enumerate(as_completed(futures), 1):
-        report = future.result()
-        if progress:
-            step = f"[{count}/{len(futures)}]"
-            print(f"jitmoe: {step} {report.shape.name} {report.status} {report.seconds:.1f} s", file=sys.stderr)
+def _outcome(report: KernelReport) -> str:
+    return f"{report.shape.name} {report.status} {report.seconds:.1f} s"
 
 
 def _find_or_compile(instance: Instance, compiler: Compiler, headers: Headers, store: cache.Cache) -> KernelReport:

@@ -1,11 +1,11 @@
 """How much memory a model's experts will take, from their sizes alone: nothing is allocated and nothing compiled."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from jitmoe.config import MAX_SIZE, MoEConfig, read_fields
+import psutil
+
+from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.memory.plan import MemoryPlan, kernels_of, plan_call
 from jitmoe.memory.tensors import KINDS
@@ -179,82 +179,5 @@ def _int8_saving(load: Load, plan: MemoryPlan) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that new allocations can take without swapping, as the kernel says; all of them where it does not."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    values = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return int(values["MemAvailable"].split()[0]) * 1024
-
-
-@dataclass(frozen=True)
-class Model:
-    """The Mixture-of-Experts part of a transformers model.
-
-    Attributes:
-        fields: of :class:`~jitmoe.config.MoEConfig`.
-        layers: layers with experts.
-        notes: what of these experts jitmoe does not compute, for people.
-    """
-
-    fields: dict[str, int]
-    layers: int
-    notes: tuple[str, ...]
-
-
-NAMES = {
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "hidden_size": ("hidden_size",),
-    "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
-    "top_k": ("num_experts_per_tok",),
-}
-"""Fields of ``config.json``, first match wins: Qwen3-MoE and OLMoE, DeepSeek-V2 and V3, Mixtral. Where a model also
-has dense layers, their width is ``intermediate_size`` and that of the experts ``moe_intermediate_size``."""
-
-
-def read_model(path: Path) -> Model:
-    """Sizes of the experts from a transformers ``config.json``; of the text part, where a model sees and hears too.
-
-    Raises:
-        ConfigError: if it cannot be read, or is not that of a model with experts.
-    """
-    content = read_fields(path, "the config.json of a transformers model")
-    if isinstance(content.get("text_config"), dict):
-        content = content["text_config"]
-    fields = {field: _first(path, content, names) for field, names in NAMES.items()}
-    total = _first(path, content, ("num_hidden_layers",))
-    layers = sum(_has_experts(path, content, layer) for layer in range(total))
-    return Model(fields, layers, tuple(_notes(content)))
-
-
-def _first(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    for name in names:
-        value = content.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    raise ConfigError(f"{path} has none of the fields {', '.join(names)}: not the config.json of a model with experts")
-
-
-def _has_experts(path: Path, content: Mapping[str, Any], layer: int) -> bool:
-    """Which layers are sparse, as Qwen3-MoE (first line) and DeepSeek say it; the others have experts everywhere."""
-    dense = content.get("mlp_only_layers") or ()
-    qwen = layer not in dense and (layer + 1) % _every(path, content, "decoder_sparse_step") == 0
-    first = content.get("first_k_dense_replace") or 0
-    return qwen and layer >= first and layer % _every(path, content, "moe_layer_freq") == 0
-
-
-def _every(path: Path, content: Mapping[str, Any], name: str) -> int:
-    """The field ``name``, which makes every n-th layer sparse; 1 where a model lacks it."""
-    value = content.get(name)
-    if value is None:
-        return 1
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{path} has {name} {value!r}, expected a positive int: give the sizes as options instead")
-    return value
-
-
-def _notes(content: Mapping[str, Any]) -> Iterator[str]:
-    """What these experts have that a :class:`~jitmoe.experts.layer.MoELayer` lacks."""
-    activation = content.get("hidden_act") or content.get("hidden_activation") or "silu"
-    if content.get("model_type") == "gpt_oss":
-        yield "gpt-oss has biases and a clamped activation, which jitmoe does not compute; its biases are not counted"
-    elif activation not in ("silu", "swish"):
-        yield f"the activation of this model is {activation}, and jitmoe computes silu; the bytes are right"
+    """Bytes that new allocations can take without swapping, as the system says it."""
+    return int(psutil.virtual_memory().available)
