@@ -264,13 +264,16 @@ class TestLimit:
         workspace.arenas.release()
 
         def never(*_: object) -> None:
-            raise AssertionError("routed or allocated")
+            raise AssertionError("planned or allocated")
 
         x = inputs.x.clone().requires_grad_()
-        never_supplied = dict.fromkeys(("empty", "zeros", "load", "plan_forward"), never)
-        with supplied(**never_supplied), torch.set_grad_enabled(training):
-            with pytest.raises(BudgetError, match=f"{CASE.tokens} tokens takes {needed} bytes.*\n.*\n(?s:.*)scratch"):
-                layer(x, inputs.topk_ids, inputs.weights)
+        not_routed = inputs.topk_ids + CASE.experts  # routing would refuse them
+        with (
+            supplied(**dict.fromkeys(("empty", "zeros", "load", "plan_forward"), never)),
+            torch.set_grad_enabled(training),
+            pytest.raises(BudgetError, match=f"{CASE.tokens} tokens takes {needed} bytes.*\n.*\n(?s:.*)scratch"),
+        ):
+            layer(x, not_routed, inputs.weights)
         assert workspace.arenas.held_bytes() == 0
         assert different(dict(layer.state_dict()), state) == []
         assert x.grad is None and all(parameter.grad is None for parameter in layer.parameters())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, same_bits, usable_isas
+from helpers import EVERY_ISA, build_kernels, case_named, different, launches, layer_of, same_bits, usable_isas
 from torch import Tensor
 from yardstick import Inputs, check, make_inputs, results_of_layer
 
