@@ -113,13 +113,12 @@ def test_written_out() -> None:
         [0, 2, 5, 6],
         [0, 1, 0, 1, 2, 2],
         [1, 2, 0, 3, 5, 4],
-        [2, 0, 1, 3, 5, 4],
     ]
 
 
 def test_every_slot_skipped() -> None:
     found = route(np.full((3, 2), -1), 4, allow_skip=True)
-    assert [getattr(found, name).tolist() for name in ARRAYS] == [[], [0], [], [], [-1] * 6]
+    assert [getattr(found, name).tolist() for name in ARRAYS] == [[], [0], [], []]
 
 
 @pytest.mark.parametrize("strided", [lambda ids: ids[::2], lambda ids: ids[:, ::-1], lambda ids: ids.T])
