@@ -387,7 +387,7 @@ MUTANTS = (
         "jitmoe/experts/ops.py",
         'f"{name}.weights": packed.data_ptr()',
         'f"{name}.weight": packed.data_ptr()',
-        ("test_layer.py",),
+        ("test_ancestor.py::test_silu_evaluated_wrongly",),
         "A field is misspelt: the record refuses it instead of handing over null.",
     ),
     Mutant(
@@ -419,7 +419,7 @@ MUTANTS = (
         "jitmoe/plan/projections.py",
         'Projection("down", hidden, intermediate)',
         'Projection("down", intermediate, hidden)',
-        ("test_layer.py",),
+        ("test_ancestor.py::test_silu_evaluated_wrongly",),
         "Down has the extents of gate.",
     ),
     Mutant(
