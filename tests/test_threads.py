@@ -97,7 +97,7 @@ torch.save(results_of_layer(layer_of(inputs, "{isa}"), inputs), sys.argv[1] if l
         ("", {}),
         ("", {"OMP_NUM_THREADS": "1"}),
         ("import numba", {}),
-        ("import jitmoe.host.tokens; jitmoe.tokens.gather_rows_address()", {}),
+        ("import jitmoe.host.tokens; jitmoe.host.tokens.gather_rows_address()", {}),
         ("import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])", {}),
     ],
     ids=["plain", "OMP_NUM_THREADS=1", "numba first", "our numba code first", "cpuset of 1"],
