@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 TIMEOUT = 280
@@ -45,11 +44,3 @@ class Emulated:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = None
-
-
-def use_templates(folder: Path) -> None:
-    """Compile from ``folder`` in this process."""
-    from jitmoe.jit import kernels, render
-
-    render.template_dir = lambda: folder
-    kernels.load.cache_clear()

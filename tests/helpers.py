@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -13,8 +13,11 @@ from yardstick import CASES, Case, Inputs, Results
 
 from jitmoe import MoEConfig, MoELayer, build
 from jitmoe.experts.observer import Launch, Observer, observing
+from jitmoe.experts.supplies import supplied
 from jitmoe.isa import ISAS
 from jitmoe.jit import cpu
+from jitmoe.plan.placement import Buffer, ScratchPlan
+from jitmoe.plan.scratch import backward_buffers, canary_bytes, forward_buffers
 from jitmoe.plan.shapes import Shape
 
 EMULATED = ("amx",)
@@ -68,6 +71,38 @@ def launches() -> Iterator[list[Launch]]:
     watcher = Launches()
     with observing(watcher):
         yield watcher.seen
+
+
+class Changes(Observer):
+    """Changes every pass before its kernels run."""
+
+    def __init__(self, change: Callable[[Launch], object]) -> None:
+        self.change = change
+
+    @contextmanager
+    def around(self, launch: Launch) -> Iterator[None]:
+        self.change(launch)
+        yield
+
+
+def changed_by(change: Callable[[Launch], object]) -> AbstractContextManager[None]:
+    """Every pass inside the block is changed so."""
+    return observing(Changes(change))
+
+
+Placement = Callable[[Sequence[Buffer], int], ScratchPlan]
+"""From buffers and the gap between them to a plan."""
+
+
+@contextmanager
+def placed_by(forward: Placement, backward: Placement | None = None) -> Iterator[None]:
+    """Calls place their scratch so, and nobody proves it, until the block ends."""
+    place = {"forward": forward, "backward": backward or forward}
+    with supplied(
+        plan_forward=lambda shape, size: place["forward"](forward_buffers(shape, size), canary_bytes(shape)),
+        plan_backward=lambda shape, *sizes: place["backward"](backward_buffers(shape, *sizes), canary_bytes(shape)),
+    ):
+        yield
 
 
 def config_of(case: Case, isa: str, **options: Any) -> MoEConfig:

@@ -1,4 +1,7 @@
-"""Runs named tests on a scratch copy of the tree with one bug in it; the bugs are in mutants.py.
+"""Seeded bugs: a change of one line or so of a copy of the tree, or of the templates alone in this process.
+
+Named tests are run on a copy of the tree with one bug in it; those bugs are in mutants.py. A test that needs a kernel
+with a bug of its own takes :func:`broken_templates`.
 
 A mutant is killed only where a test failed. A kernel that does not compile, a test that could not be collected, a
 fixture that broke or a run past the limit of time proves nothing about the tests and is reported as what it is.
@@ -13,7 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +59,8 @@ class Mutant:
         file: to change, from the root of the tree.
         text: what stands there now, in exactly one place.
         replacement: what the bug makes of it.
-        tests: that must catch it, ``file.py::Class::test`` below tests/; one failure is enough.
+        tests: that must catch it, ``file.py::Class::test`` below tests/; one failure is enough. None where the test
+            that makes it catches it.
         bug: one sentence.
         isa: instruction set whose tests are run. A bug in the code of one set names it, and tests that are marked with
             their set: they are skipped where the machine lacks it.
@@ -67,8 +71,8 @@ class Mutant:
     file: str
     text: str
     replacement: str
-    tests: tuple[str, ...]
-    bug: str
+    tests: tuple[str, ...] = ()
+    bug: str = ""
     isa: str = BEST
     ends_process: bool = False
 
@@ -83,6 +87,14 @@ class Mutant:
         if (places := before.count(self.text)) != 1:
             raise MutationError(f"{self.name}: its text is in {places} places of {self.file}, expected one")
         return before.replace(self.text, self.replacement)
+
+    def put_into(self, tree: Path) -> None:
+        """Change the file in ``tree``, a copy.
+
+        Raises:
+            MutationError: as :meth:`mutated`.
+        """
+        (tree / self.file).write_text(self.mutated(tree), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def run_mutant(mutant: Mutant, original: Path, cache: Path, limit: float) -> Out
     with tempfile.TemporaryDirectory(prefix=f"jitmoe-{mutant.name}-") as folder:
         tree = Path(folder) / "tree"
         copy_tree(original, tree)
-        (tree / mutant.file).write_text(mutant.mutated(original), encoding="utf-8")
+        mutant.put_into(tree)
         run = run_tests(tree, mutant.tests, mutant.isa, cache, limit, "-x")
     status, detail = judge(mutant, run)
     message = run.failed[0][1].partition("\n")[0] if run.failed else ""
@@ -205,6 +217,27 @@ def judge(mutant: Mutant, run: TestRun) -> tuple[str, str]:
     if run.status != TESTS_FAILED or not run.failed or MEANS_A_BROKEN_MUTANT in run.failed[0][1]:
         return "broken", f"exit status {run.status}\n{run.end()}"
     return "killed", run.failed[0][0]
+
+
+@contextlib.contextmanager
+def broken_templates(*mutants: Mutant) -> Iterator[None]:
+    """Kernels of this process are made of templates with these bugs, until the block ends.
+
+    Raises:
+        MutationError: as :meth:`Mutant.mutated`.
+    """
+    from jitmoe.jit import kernels, render
+
+    with tempfile.TemporaryDirectory(prefix="jitmoe-broken-") as folder:
+        shutil.copytree(str(render.template_dir()), Path(folder) / "templates")
+        for mutant in mutants:
+            mutant.put_into(Path(folder))
+        kernels.load.cache_clear()
+        try:
+            with render.templates_from(Path(folder) / "templates"):
+                yield
+        finally:
+            kernels.load.cache_clear()
 
 
 def copy_tree(root: Path, target: Path) -> None:

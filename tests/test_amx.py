@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import test_faults_values
+import test_lora_views
 import torch
-from emulated import Emulated, use_templates
+from emulated import Emulated
 from helpers import config_of, different, layer_of
+from mutation import Mutant, broken_templates
 from test_faults_values import poison_padding
 from yardstick import CASES, Case, check, make_inputs, results_of_layer
 
@@ -226,6 +228,17 @@ def test_few_rows_take_the_avx512_kernel_on_the_same_weights(emulated: Emulated)
     emulated(check_few_rows)
 
 
+@pytest.mark.parametrize("layout", test_lora_views.LAYOUTS)
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_lora_of_any_strides(emulated: Emulated, lora_dtype: torch.dtype, layout: test_lora_views.Layout) -> None:
+    emulated(test_lora_views.check_values, "amx", replace(TAILS, lora_dtype=lora_dtype), layout)
+
+
+@pytest.mark.parametrize("layout", test_lora_views.LAYOUTS)
+def test_gradients_of_any_strides(emulated: Emulated, layout: test_lora_views.Layout) -> None:
+    emulated(test_lora_views.check_gradients, "amx", TAILS, layout, True)
+
+
 def reports() -> tuple[str, str, str]:
     layer = layer_of(make_inputs(TAILS), "amx", m_step=32)
     report = build(layer.config, progress=False)
@@ -265,50 +278,47 @@ def test_self_test_dies_without_amx_and_the_emulator_does_not_answer(emulated: E
     assert emulated(tile_test) == "the self-test of its tiles was killed by SIGILL"
 
 
-class Mutant(NamedTuple):
-    """One edit of gemm/amx.hpp."""
-
-    old: str
-    new: str
-    marks: Any = ()
+def amx_bug(name: str, text: str, replacement: str) -> Mutant:
+    return Mutant(name, "templates/gemm/amx.hpp", text, replacement)
 
 
-MUTANTS = {
-    "wrong stride": Mutant("kStripBytes = kStrip * sizeof(float)", "kStripBytes = kTile * sizeof(float)"),
-    "missing tail of the contraction": Mutant("if (right.last) step", "if (false) step"),
-    "missing LDTILECFG": Mutant("  amx::load_configuration(kTileConfigurations.of[bottom_rows]);\n", ""),
-    "partial rows as a whole tile": Mutant("return (rows - 1) % amx::kRows + 1", "return amx::kRows"),
-    "padding is multiplied": Mutant("if (n % kKStep) cut_pairs", "if (false) cut_pairs", pytest.mark.slow),
-    "configuration of another block": Mutant("(configured_rows == bottom_rows)", "(configured_rows)", pytest.mark.slow),
-    "one tile of weights twice": Mutant("stream<7>(b + kTileElements", "stream<7>(b", pytest.mark.slow),
-}
+MUTANTS = (
+    amx_bug("wrong stride", "kStripBytes = kStrip * sizeof(float)", "kStripBytes = kTile * sizeof(float)"),
+    amx_bug("missing tail of the contraction", "if (right.last) step", "if (false) step"),
+    amx_bug("missing LDTILECFG", "  amx::load_configuration(kTileConfigurations.of[bottom_rows]);\n", ""),
+    amx_bug("partial rows as a whole tile", "return (rows - 1) % amx::kRows + 1", "return amx::kRows"),
+    amx_bug("padding is multiplied", "if (n % kKStep) cut_pairs", "if (false) cut_pairs"),
+    amx_bug("configuration of another block", "(configured_rows == bottom_rows)", "(configured_rows)"),
+    amx_bug("one tile of weights twice", "stream<7>(b + kTileElements", "stream<7>(b"),
+)
+FAST_MUTANTS = 4
+"""The first ones that `make test` judges too."""
 
 
-def check_broken(folder: Path) -> None:
-    use_templates(folder)
-    inputs = make_inputs(TAILS)
-    layer = layer_of(inputs, "amx", m_step=32)
-    poison_padding(layer)
-    check(results_of_layer(layer, inputs), inputs)
-    emulator.reset_counts()
-    layer(inputs.x[:1], inputs.topk_ids[:1], inputs.weights[:1])
-    assert emulator.counts().row_use == 1 / 16, "a token alone takes more than one row of a tile"
+def check_broken(mutant: Mutant) -> None:
+    with broken_templates(mutant):
+        inputs = make_inputs(TAILS)
+        layer = layer_of(inputs, "amx", m_step=32)
+        poison_padding(layer)
+        check(results_of_layer(layer, inputs), inputs)
+        emulator.reset_counts()
+        layer(inputs.x[:1], inputs.topk_ids[:1], inputs.weights[:1])
+        assert emulator.counts().row_use == 1 / 16, "a token alone takes more than one row of a tile"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MUTANTS[name].marks) for name in MUTANTS])
-def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(mutant, id=mutant.name, marks=[] if place < FAST_MUTANTS else pytest.mark.slow)
+        for place, mutant in enumerate(MUTANTS)
+    ],
+)
+def test_a_broken_kernel_is_noticed(mutant: Mutant, capfd: pytest.CaptureFixture[str]) -> None:
     """By the error rule, or by the emulator, which ends the process where hardware would."""
-    folder = tmp_path / "templates"
-    shutil.copytree(TEMPLATES, folder)
-    broken = folder / "gemm" / "amx.hpp"
-    old, new, _ = MUTANTS[name]
-    text = broken.read_text()
-    assert text.count(old) == 1, f"gemm/amx.hpp does not contain exactly one {old!r}"
-    broken.write_text(text.replace(old, new))
     emulated = Emulated()
     try:
         with pytest.raises((AssertionError, BrokenProcessPool)) as failure:
-            emulated(check_broken, folder)
+            emulated(check_broken, mutant)
     finally:
         emulated.close()
     if failure.type is BrokenProcessPool:

@@ -12,18 +12,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import NATIVE, config_of, cut_groups, different, layer_of, same_bits, set_lora, usable_isas
+from helpers import NATIVE, config_of, different, launches, layer_of, same_bits, set_lora, usable_isas
 from torch import Tensor
 from yardstick import Case, Inputs, Results, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
-from jitmoe.experts import call, workspace
+from jitmoe.experts import workspace
+from jitmoe.experts.supplies import supplied
 from jitmoe.host.route import route
 from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.yardstick import judge_one
 from jitmoe.plan import shapes
-from jitmoe.plan.scratch import CallSize, ScratchPlan
+from jitmoe.plan.groups import GROUP_BYTES
 
 ISA = usable_isas()[0]
 WIDE = Case("wide", experts=3, hidden=300, intermediate=290, top_k=2, rank=8, tokens=24)
@@ -53,16 +54,14 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_output_doubled_where_partitions_are_summed_twice(
-    inputs: Inputs, threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_doubled_where_partitions_are_summed_twice(inputs: Inputs, threads: None) -> None:
     """Each thread's partition of the sums was reduced once by it and once more at the end."""
     layer = wide_layer(inputs)
-    for count, group_bytes in itertools.product((1, 2, 5), (shapes.GROUP_BYTES, 1)):
+    for count, group_bytes in itertools.product((1, 2, 5), (GROUP_BYTES, 1)):
         torch.set_num_threads(count)
-        cuts = cut_groups(monkeypatch, group_bytes)
-        check(results_of_layer(layer, inputs), inputs)
-        assert all((len(cut.bounds) > 2) == (group_bytes == 1) for cut in cuts)
+        with supplied(group_bytes=group_bytes), launches() as seen:
+            check(results_of_layer(layer, inputs), inputs)
+        assert all((launch.record["groups"] > 1) == (group_bytes == 1) for launch in seen)
 
 
 def test_gradient_of_up_zero_because_gate_and_up_shared_scratch(inputs: Inputs) -> None:
@@ -229,24 +228,18 @@ def test_recomputing_drew_another_dropout_mask(inputs: Inputs) -> None:
         assert different(results_of_layer(layer, inputs), expected) == []
 
 
-def test_scratch_too_small_where_an_expert_repeats_within_a_token(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scratch_too_small_where_an_expert_repeats_within_a_token(inputs: Inputs) -> None:
     """max_m was the number of tokens; an expert that is every slot of every token has K times as many rows."""
     rows = WIDE.tokens * WIDE.top_k
-    planned: list[str] = []
-    for name in ("plan_forward", "plan_backward"):
-        plan_pass = getattr(call, name)
-
-        def seen(shape: shapes.Shape, size: CallSize, name=name, plan_pass=plan_pass, **options: bool) -> ScratchPlan:
-            assert (size.rows, size.segment_rows) == (rows, rows), name
-            planned.append(name)
-            return plan_pass(shape, size, **options)
-
-        monkeypatch.setattr(call, name, seen)
     inputs = replace(inputs, topk_ids=torch.full_like(inputs.topk_ids, 1))
-    check(results_of_layer(wide_layer(inputs), inputs), inputs)
-    assert planned == ["plan_forward", "plan_backward"]
+    with launches() as seen:
+        check(results_of_layer(wide_layer(inputs), inputs), inputs)
+    assert [launch.pass_name for launch in seen] == ["forward", "backward"]
+    for launch in seen:
+        shapes_of = {item.buffer.name: item.buffer.shape for item in launch.plan.placed}
+        assert shapes_of["thread_strips"][2] == rows, "the largest segment"
+        panel = shapes_of["x_panel" if launch.pass_name == "forward" else "out_panel"]
+        assert panel[0] == shapes.round_up(rows, launch.shape.m_step)
 
 
 def test_stale_rows_of_an_earlier_batch_leak_into_sums(inputs: Inputs) -> None:

@@ -1,21 +1,23 @@
 """Autograd in every order: each call keeps its own data, and changes behind its back are seen or refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, cut_groups, different, layer_of, same_bits, usable_isas
+from helpers import EVERY_ISA, build_kernels, case_named, different, launches, layer_of, same_bits, usable_isas
 from torch.utils.checkpoint import checkpoint
 from yardstick import Inputs, Results, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
-from jitmoe.experts import ops
+from jitmoe.experts.supplies import supplied
 from jitmoe.experts.workspace import Blocks
 from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
-from jitmoe.plan.scratch import ITEM_BYTES, saved_tensors
+from jitmoe.plan.placement import ITEM_BYTES
+from jitmoe.plan.scratch import saved_tensors
 
 ISA = usable_isas()[0]
 SMALL = case_named("small")
@@ -145,23 +147,16 @@ def test_checkpoint(layer: MoELayer, first: Inputs, second: Inputs, use_reentran
     assert different(pending.own() | lora_grads(layer), expected) == []
 
 
-def test_no_grad_saves_nothing(layer: MoELayer, first: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_grad_saves_nothing(layer: MoELayer, first: Inputs) -> None:
     expected = alone(layer, first)
-    seen: list[set[str]] = []
-
-    def record(call: object, addresses: dict[str, int], run: object) -> None:
-        seen.append(set(addresses))
-        forward(call, addresses, run)
-
-    import jitmoe.experts.call as experts
-
-    forward = experts.forward
-    monkeypatch.setattr(experts, "forward", record)
-    with torch.no_grad():
-        out = layer(first.x, first.topk_ids, first.weights)
-    assert same_bits(out, expected["out"]) and not out.requires_grad
-    Pending(layer, first)
-    assert [bool({"saved_gate", "saved_up"} & names) for names in seen] == [False, not layer.config.recompute]
+    with launches() as seen:
+        with torch.no_grad():
+            out = layer(first.x, first.topk_ids, first.weights)
+        assert same_bits(out, expected["out"]) and not out.requires_grad
+        Pending(layer, first)
+    saves = not layer.config.recompute
+    for name in ("gate.saved", "up.saved"):
+        assert [bool(launch.record[name]) for launch in seen] == [False, saves]
 
 
 def test_hooks_see_gradients_and_can_change_them(layer: MoELayer, first: Inputs) -> None:
@@ -256,17 +251,18 @@ class PoisonedBlocks(Blocks):
         return block
 
 
+@contextmanager
+def poisoned_blocks() -> Iterator[PoisonedBlocks]:
+    """Tensors of any size take these."""
+    with supplied(block_bytes=0, blocks=PoisonedBlocks()) as present:
+        yield present.blocks
+
+
 @pytest.fixture
-def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PoisonedBlocks]:
-    """Tensors of any size take poisoned blocks from the call on."""
-
-    def begin() -> PoisonedBlocks:
-        blocks = PoisonedBlocks()
-        monkeypatch.setattr(ops, "PAGE", 0)
-        monkeypatch.setattr(ops, "blocks", blocks)
-        return blocks
-
-    return begin
+def small_ones_too() -> Iterator[Callable[[], PoisonedBlocks]]:
+    """From the call on, tensors of any size take poisoned blocks."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(poisoned_blocks())
 
 
 class TestReusedMemory:
@@ -352,20 +348,18 @@ class TestReusedMemory:
         assert blocks.reused
 
     @EVERY_ISA
-    def test_an_expert_in_many_groups_adds_its_gradients(
-        self, isa: str, small_ones_too: Callable[[], PoisonedBlocks], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_expert_in_many_groups_adds_its_gradients(self, isa: str) -> None:
         """Its first rows write over what was in the memory, the others add to it; saved or computed again."""
         inputs = make_inputs(replace(SMALL, tokens=200))
         m_step = ISAS[isa].m_steps[0]
         layers = [layer_of(inputs, isa, m_step=m_step, recompute=recompute) for recompute in (False, True)]
-        groups = cut_groups(monkeypatch, group_bytes=1)
-        expected = alone(layers[0], inputs)
-        assert all(len(found.bounds) - 1 > SMALL.experts for found in groups), "no expert was cut"
-        check(expected, inputs)
-        small_ones_too()
-        for layer in layers * 2:
-            assert different(alone(layer, inputs), expected) == []
+        with supplied(group_bytes=1), launches() as seen:
+            expected = alone(layers[0], inputs)
+            assert all(launch.record["groups"] > SMALL.experts for launch in seen), "no expert was cut"
+            check(expected, inputs)
+            with poisoned_blocks():
+                for layer in layers * 2:
+                    assert different(alone(layer, inputs), expected) == []
 
 
 class TestChangedBehindOurBack:

@@ -19,7 +19,7 @@ from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, pred
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
 from jitmoe.cli import main
 from jitmoe.errors import BenchError, ConfigError
-from jitmoe.jit.kernels import STEPS
+from jitmoe.jit.abi import PHASES
 from jitmoe.oracle.data import batches, make_base
 from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
 from jitmoe.plan.shapes import Shape, plan_kernels
@@ -278,8 +278,8 @@ class TestPhases:
         assert found.seconds[FORWARD][KERNEL_BACKWARD] == [0.0, 0.0]
         text = phases.phases_table(found)
         assert KERNEL_FORWARD in text and phases.LORA in text and "100.0%" in text
-        assert list(found.inside[TRAINING]) == [*STEPS, phases.WAITS]
-        for step in STEPS:
+        assert list(found.inside[TRAINING]) == [*PHASES, phases.WAITS]
+        for step in PHASES:
             assert min(found.inside[TRAINING][step]) > 0, f"{step} took no time in forward and backward"
         for step in ("act_grad", "x_grad", "lora_grads"):
             assert found.inside[FORWARD][step] == [0.0, 0.0], f"{step} ran in forward"

@@ -1,11 +1,12 @@
 """The plan of all memory against the layer's real tensors, and the limit on it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_kernels, case_named, config_of, different, layer_of, usable_isas
+from helpers import build_kernels, case_named, changed_by, config_of, different, layer_of, same_bits, usable_isas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from yardstick import make_inputs, results_of_layer
@@ -13,11 +14,17 @@ from yardstick import make_inputs, results_of_layer
 import jitmoe
 from jitmoe import MemoryPlan, MoEConfig, MoELayer
 from jitmoe.errors import BudgetError, ConfigError
-from jitmoe.experts import call, ops, pack, workspace
+from jitmoe.experts import pack, workspace
+from jitmoe.experts.observer import Launch
+from jitmoe.experts.supplies import supplied, supplies
+from jitmoe.inspect.capture import node_of
+from jitmoe.jit.kernels import array_at
 from jitmoe.memory.plan import kernels_of, plan_layer
 from jitmoe.memory.tensors import KINDS
-from jitmoe.plan import shapes
-from jitmoe.plan.scratch import CallSize, plan_backward, plan_forward, prove, row_bytes
+from jitmoe.plan.groups import Extents, plan_groups
+from jitmoe.plan.placement import prove
+from jitmoe.plan.projections import LORA_NAMES
+from jitmoe.plan.scratch import plan_backward, plan_forward, row_bytes
 
 W6 = MoEConfig(num_experts=256, hidden_size=7168, intermediate_size=2048, top_k=8, lora_rank=16, isa="avx512")
 W6_TOKENS = 25600
@@ -33,33 +40,59 @@ def kernels_are_built() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_dtype, monkeypatch):
+def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_dtype):
     """Shape, dtype and bytes of each, as the layer, autograd and the kernels see them."""
     case = replace(CASE, lora_dtype=lora_dtype)
     inputs = make_inputs(case)
     layer = layer_of(inputs, ISA, recompute=recompute)
-    addressed: list[dict[str, torch.Tensor]] = []
-    addresses = ops._addresses
-    monkeypatch.setattr(ops, "_addresses", lambda tensors: addressed.append(tensors) or addresses(tensors))
     x, weights = inputs.x.to(x_dtype).requires_grad_(), inputs.weights.float().requires_grad_()
-    out = layer(x, inputs.topk_ids, weights)
-    call = out.grad_fn.next_functions[0][0]  # below the reshape
-    saved, route = call.saved_tensors, call.context.route
-    out.backward(inputs.dout.to(x_dtype))
+    made: dict[int, torch.Tensor] = {}
+
+    def noted(name: str) -> Callable[..., torch.Tensor]:
+        """The supply ``name``, whose tensors go into ``made`` by their address."""
+
+        def allocate(*arguments: object) -> torch.Tensor:
+            tensor = getattr(normal, name)(*arguments)
+            made[tensor.data_ptr()] = tensor
+            return tensor
+
+        return allocate
+
+    def note(launch: Launch) -> None:
+        """What the kernels are told, and the operands there: they are gone after the pass."""
+        seen.append(launch)
+        fields = {"x", "out_grad"} if launch.pass_name == "backward" else {"x"}
+        operands.update({f"{launch.pass_name} {field}": operand_at(launch.record[field]) for field in fields})
+
+    def operand_at(address: np.int64) -> torch.Tensor:
+        bits = array_at(int(address), np.int16, tuple(inputs.x.shape)).copy()
+        return torch.from_numpy(bits).view(torch.bfloat16)
+
+    normal = supplies()
+    seen: list[Launch] = []
+    operands: dict[str, torch.Tensor] = {}
+    with supplied(empty=noted("empty"), zeros=noted("zeros")), changed_by(note):
+        out = layer(x, inputs.topk_ids, weights)
+        node = node_of(out)
+        saved, route = node.saved_tensors, node.call.route
+        out.backward(inputs.dout.to(x_dtype))
 
     found = {"x": x, "weights": weights, "topk_ids": inputs.topk_ids, "out": out, "x.grad": x.grad}
     found |= {"weights.grad": weights.grad, "out.grad": inputs.dout.to(x_dtype)}
     found |= dict(layer.named_parameters()) | dict(layer.named_buffers())
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
-    found |= {f"new {name}.grad": addressed[1][f"{name}_grad"] for name, _ in layer.named_parameters()}
-    found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot", "slot_row")}
-    names = [s.name for s in call.context.saved_tensors()]
-    found |= dict(zip(names, saved[2 + len(ops.LORA_NAMES) :], strict=True))
-    row_weight = torch.empty(route.row_token.size)
-    found |= {"forward row_weight": row_weight, "backward row_weight": row_weight}
+    backward = seen[1].record
+    found |= {f"new {name}.grad": made[int(backward[f"{name.replace('_lora_', '.')}_grad"])] for name in LORA_NAMES}
+    found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot")}
+    names = [s.name for s in node.call.saved()]
+    found |= dict(zip(names, saved[2 + len(LORA_NAMES) :], strict=True))
+    found |= {f"{launch.pass_name} row_weight": torch.from_numpy(launch.row_weight) for launch in seen}
     if x_dtype == torch.float32:
-        found |= {"forward x operand": addressed[0]["x"], "backward x operand": addressed[1]["x"]}
-        found |= {"out.grad operand": addressed[1]["out_grad"]}
+        found |= {f"{launch.pass_name} x operand": operands[f"{launch.pass_name} x"] for launch in seen}
+        found["out.grad operand"] = operands["backward out_grad"]
+    for name, operand in operands.items():
+        assert same_bits(operand, inputs.dout if "grad" in name else x.bfloat16()), name
+        assert all((launch.record["x"] != x.data_ptr()) == (x_dtype == torch.float32) for launch in seen)
     if lora_dtype == torch.bfloat16:
         found |= {f"new {name}.grad, cast": parameter.grad for name, parameter in layer.named_parameters()}
 
@@ -67,7 +100,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     real = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in found.items()}
     assert {t.name: (t.shape, t.dtype, t.nbytes) for t in planned.held} == real
     kept = {t.data_ptr() for t in saved} - {p.data_ptr() for p in layer.parameters()}
-    saved_names = {t.name for t in planned.held if t.kind == "saved"} - {"row_token", "row_slot", "slot_row"}
+    saved_names = {t.name for t in planned.held if t.kind == "saved"} - {"row_token", "row_slot"}
     assert {found[name].data_ptr() for name in saved_names} == kept
 
 
@@ -126,7 +159,7 @@ def test_the_largest_sizes_do_not_overflow(training):
         assert all(isinstance(p.offset, int) and p.offset >= 0 for p in item.scratch.placed)
     slots = most * most
     assert all(row.nbytes > 0 for row in planned.rows())
-    gate = next(t for t in planned.held if t.name == ("saved_gate" if training else "row_token"))
+    gate = next(t for t in planned.held if t.name == ("gate.saved" if training else "row_token"))
     assert gate.nbytes == slots * (2 * 2048 if training else 8)
 
 
@@ -171,9 +204,9 @@ def test_no_routing_needs_more_scratch_than_the_plan(routing, skipped, threads):
     offsets = np.cumsum([0, *(counts[expert] for expert in active)])
     shape = kernels_of(config).select(rows, active.size)
 
-    def size(training: bool) -> CallSize:
-        groups = shapes.plan_groups(active, offsets, shape.m_step, row_bytes(shape, training))
-        return CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, config.lora_rank, threads)
+    def size(training: bool) -> Extents:
+        groups = plan_groups(active, offsets, shape.m_step, row_bytes(shape, training))
+        return groups.extents(tokens, config.lora_rank, threads)
 
     forward, backward = planned.passes
     assert plan_forward(shape, size(False)).nbytes <= forward.scratch.nbytes
@@ -192,9 +225,8 @@ def test_the_worst_scratch_is_not_far_above_that_of_real_routings(tokens):
         active = np.flatnonzero(counts)
         shape = planned.select(slots, active.size)
         offsets = np.cumsum([0, *counts[active]])
-        groups = shapes.plan_groups(active, offsets, shape.m_step, row_bytes(shape, True))
-        extent = CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, 8, 2)
-        found.append(plan_backward(shape, extent, True, False).nbytes)
+        groups = plan_groups(active, offsets, shape.m_step, row_bytes(shape, True))
+        found.append(plan_backward(shape, groups.extents(tokens, rank=8, threads=2), True, False).nbytes)
     assert max(found) <= MemoryPlan.of(config, tokens, 2).passes[1].scratch.nbytes <= 1.1 * max(found)
 
 
@@ -222,7 +254,7 @@ class TestLimit:
         assert isinstance(refused.value, MemoryError) and isinstance(refused.value, jitmoe.errors.JitmoeError)
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_of_a_call_which_changes_nothing(self, inputs, training, monkeypatch):
+    def test_of_a_call_which_changes_nothing(self, inputs, training):
         threads = torch.get_num_threads()
         needed = MemoryPlan.of(config_of(CASE, ISA), CASE.tokens, threads, training).nbytes
         layer = layer_of(inputs, ISA, memory_budget=needed)
@@ -233,14 +265,16 @@ class TestLimit:
         workspace.arenas.release()
 
         def never(*_: object) -> None:
-            raise AssertionError("routed or allocated")
+            raise AssertionError("planned or allocated")
 
         x = inputs.x.clone().requires_grad_()
-        with monkeypatch.context() as patch, torch.set_grad_enabled(training):
-            patch.setattr(jitmoe.experts.layer, "route", never)
-            patch.setattr(call, "plan_groups", never)
-            with pytest.raises(BudgetError, match=f"{CASE.tokens} tokens takes {needed} bytes.*\n.*\n(?s:.*)scratch"):
-                layer(x, inputs.topk_ids, inputs.weights)
+        not_routed = inputs.topk_ids + CASE.experts  # routing would refuse them
+        with (
+            supplied(**dict.fromkeys(("empty", "zeros", "load", "plan_forward"), never)),
+            torch.set_grad_enabled(training),
+            pytest.raises(BudgetError, match=f"{CASE.tokens} tokens takes {needed} bytes.*\n.*\n(?s:.*)scratch"),
+        ):
+            layer(x, not_routed, inputs.weights)
         assert workspace.arenas.held_bytes() == 0
         assert different(dict(layer.state_dict()), state) == []
         assert x.grad is None and all(parameter.grad is None for parameter in layer.parameters())

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import pytest
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError, CacheSecurityError
-from jitmoe.jit import build, cache, render, toolchain
+from jitmoe.jit import abi, build, cache, render, toolchain
 from jitmoe.jit.render import Instance
 from jitmoe.plan.shapes import Shape
 
@@ -43,13 +43,13 @@ def names(root: Path, *suffixes: str) -> list[str]:
 
 
 @pytest.fixture
-def tiny_templates(tmp_path, monkeypatch) -> Path:
+def tiny_templates(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "tiny-templates"
     folder.mkdir()
     (folder / "tiny.hpp").write_text("#define ZERO 0\n")
     (folder / "instance.cpp.in").write_text("// $name\n")
-    monkeypatch.setattr(render, "template_dir", lambda: folder)
-    return folder
+    with render.templates_from(folder):
+        yield folder
 
 
 class TestBuild:
@@ -80,8 +80,7 @@ class TestBuild:
         assert compiler.runs == 1
         assert sorted(report.status for report in reports) == ["cached", "cached", "compiled"]
 
-    def test_configs_become_a_report_without_duplicates(self, monkeypatch, capfd):
-        monkeypatch.setattr(render, "render", lambda shape: replace(instance(), shape=shape))
+    def test_configs_become_a_report_without_duplicates(self, capfd):
         config = MoEConfig(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2, isa="ref")
         forced = replace(config, m_step=4)
         report = build.build([config, forced])
@@ -112,7 +111,7 @@ class TestKey:
         keys.append(key_of(instance()))
         monkeypatch.setattr(toolchain, "COMMON_FLAGS", (*toolchain.COMMON_FLAGS, "-g"))
         keys.append(key_of(instance()))
-        monkeypatch.setattr(build, "ABI_VERSION", 999)
+        monkeypatch.setattr(abi, "ABI_VERSION", 999)
         keys.append(key_of(instance()))
         compiler = replace(toolchain.find_compiler(), identity="g++ 99")
         keys.append(build.instance_key(instance(), compiler, build.template_headers()))
@@ -122,10 +121,10 @@ class TestKey:
     def test_no_path_is_in_the_key(self, tiny_templates, tmp_path, monkeypatch):
         before = key_of(instance())
         moved = tiny_templates.rename(tmp_path / "moved")
-        monkeypatch.setattr(render, "template_dir", lambda: moved)
         monkeypatch.setenv("JITMOE_CACHE_DIR", str(tmp_path / "elsewhere"))
         compiler = replace(toolchain.find_compiler(), path=Path("/elsewhere/g++"))
-        assert build.instance_key(instance(), compiler, build.template_headers()) == before
+        with render.templates_from(moved):
+            assert build.instance_key(instance(), compiler, build.template_headers()) == before
 
     def test_parts_do_not_run_into_each_other(self):
         compiler = toolchain.find_compiler()
@@ -142,11 +141,6 @@ class TestKey:
         monkeypatch.setattr(build, "template_headers", lambda: headers)
         (tiny_templates / "tiny.hpp").write_text("#define ZERO 1\n")
         assert answer_of(build.ensure(instance())) == 42
-
-    def test_the_abi_version_is_that_of_the_templates(self, monkeypatch):
-        monkeypatch.undo()
-        text = (render.template_dir() / "call.hpp").read_text(encoding="utf-8")
-        assert f"kAbiVersion = {build.ABI_VERSION};" in text
 
 
 class TestCompilerTrouble:

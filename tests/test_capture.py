@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import build_kernels, case_named, config_of, layer_of, same_bits, usable_isas
+from helpers import build_kernels, case_named, changed_by, config_of, layer_of, same_bits, usable_isas
 from torch import Tensor
 from yardstick import Inputs, Results, make_inputs, results_of_layer
 
@@ -17,10 +18,12 @@ from jitmoe import MoEConfig, MoELayer
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.cli import main
 from jitmoe.errors import CaptureError, ConfigError
+from jitmoe.experts.observer import Launch
 from jitmoe.inspect.capture import MOST_FILES
 from jitmoe.inspect.recording import read_recording
 from jitmoe.inspect.replay import compare
 from jitmoe.oracle.reference import LoraTensors
+from jitmoe.plan.projections import Projection
 
 ISA = usable_isas()[0]
 MEDIUM = replace(case_named("medium"), hidden=64, intermediate=96, rank=8)
@@ -122,7 +125,7 @@ class TestNextCall:
 
     def test_an_unknown_mode_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="on_nonfinite"):
-            layer_of(make_inputs(IDLE), ISA).capture(tmp_path / "call.pt", capture="always")
+            layer_of(make_inputs(IDLE), ISA).capture(tmp_path / "call.pt", when="always")
 
 
 def poisoned(inputs: Inputs, name: str) -> Inputs:
@@ -135,7 +138,7 @@ class TestOnNonfinite:
     def test_a_clean_call_leaves_no_file(self, tmp_path: Path) -> None:
         inputs = make_inputs(IDLE)
         layer = layer_of(inputs, ISA)
-        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        layer.capture(tmp_path / "call.pt", when="on_nonfinite")
         results_of_layer(layer, inputs)
         assert not list(tmp_path.iterdir())
 
@@ -143,7 +146,7 @@ class TestOnNonfinite:
     def test_every_bad_call_is_a_file_with_its_gradients(self, tmp_path: Path, where: str) -> None:
         inputs = make_inputs(IDLE)
         layer = layer_of(inputs, ISA)
-        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        layer.capture(tmp_path / "call.pt", when="on_nonfinite")
         results_of_layer(layer, inputs)
         for _ in range(2):
             results = results_of_layer(layer, poisoned(inputs, where))
@@ -156,7 +159,7 @@ class TestOnNonfinite:
     def test_without_backward(self, tmp_path: Path) -> None:
         inputs = poisoned(make_inputs(IDLE), "x")
         layer = layer_of(inputs, ISA)
-        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        layer.capture(tmp_path / "call.pt", when="on_nonfinite")
         with torch.no_grad():
             layer(inputs.x, inputs.topk_ids, inputs.weights)
         assert "grad" not in load(tmp_path / "call.pt")
@@ -164,7 +167,7 @@ class TestOnNonfinite:
     def test_it_does_not_fill_the_disk(self, tmp_path: Path) -> None:
         inputs = poisoned(make_inputs(IDLE), "x")
         layer = layer_of(inputs, ISA)
-        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        layer.capture(tmp_path / "call.pt", when="on_nonfinite")
         for _ in range(MOST_FILES + 2):
             results_of_layer(layer, inputs)
         assert len(list(tmp_path.iterdir())) == MOST_FILES
@@ -231,10 +234,10 @@ class TestReplay:
         assert out.splitlines()[-1].endswith("--trace says where the first one comes from")
         assert "--trace" not in run("replay", tmp_path / "call.pt", "--trace")[1]
 
-    def test_a_wrong_layer_fails(self, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_layer_fails(self, tmp_path: Path, run) -> None:
         captured(make_inputs(MEDIUM), tmp_path / "call.pt")
-        break_scale(monkeypatch)
-        status, out, _ = run("replay", tmp_path / "call.pt")
+        with changed_by(break_scale):
+            status, out, _ = run("replay", tmp_path / "call.pt")
         assert status == 1 and "outside the error rule: out," in out and "other bits in out" in out
 
     @pytest.mark.parametrize("kind", ["missing", "directory", "text", "pickle", "another dict", "half a capture"])
@@ -366,7 +369,7 @@ class TestReplayTrace:
         inputs = replace(inputs, topk_ids=torch.where(inputs.topk_ids == 0, 7, inputs.topk_ids))
         bad = with_nan(inputs, "up_proj", (7, 5, 9))
         layer = layer_of(bad, ISA)
-        layer.capture(tmp_path / "call.pt", capture="on_nonfinite")
+        layer.capture(tmp_path / "call.pt", when="on_nonfinite")
         results_of_layer(layer, bad)
         chosen = inputs.topk_ids.unique().tolist()
         assert 0 not in chosen and [path.name for path in tmp_path.iterdir()] == ["call.pt"]
@@ -393,16 +396,16 @@ class TestReplayTrace:
         assert status == 1 and message in err and out == ""
 
 
-def break_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers compute with a LoRA scale that is 10 % too large; the oracle keeps the right one."""
-    from jitmoe.experts.call import ExpertCall
+def break_scale(launch: Launch) -> None:
+    """Compute with a LoRA scale that is 10 % too large; the oracle keeps the right one."""
+    launch.record["scale"] *= 1.1
 
-    original = ExpertCall.__init__
 
-    def wrong(self: ExpertCall, **fields: Any) -> None:
-        original(self, **{**fields, "scale": fields["scale"] * 1.1})
-
-    monkeypatch.setattr(ExpertCall, "__init__", wrong)
+def flip_weights(launch: Launch) -> None:
+    """Give the routing weight of each slot to the opposite slot of its token."""
+    by_slot = np.empty_like(launch.row_weight)
+    by_slot[launch.route.row_slot] = launch.row_weight
+    launch.row_weight[:] = by_slot.reshape(-1, launch.top_k)[:, ::-1].reshape(-1)[launch.route.row_slot]
 
 
 def logs_format(inputs: Inputs, alpha: float | None) -> dict[str, Any]:
@@ -482,9 +485,9 @@ class TestCheck:
             assert tuple(rows) == RESULTS and all(words[1:4] == ["0", "0", "0"] for words in rows.values())
         assert rows_of(fresh)["up_lora_a"][4] == "0" and float(rows_of(trained)["up_lora_a"][4]) > 0
 
-    def test_accuracy_of_a_wrong_layer(self, run, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        break_scale(monkeypatch)
-        status, out, _ = run("check", "--config", config_file, "--tokens", 128)
+    def test_accuracy_of_a_wrong_layer(self, run, config_file: Path) -> None:
+        with changed_by(break_scale):
+            status, out, _ = run("check", "--config", config_file, "--tokens", 128)
         assert status == 1 and "outside the error rule: " in out
         assert "out (LoRA B not zero)" in out and "out (LoRA B zero)" not in out
 
@@ -499,28 +502,21 @@ class TestCheck:
         """A wrong weight of up in expert 5: the gate is right still, the experts before it too."""
         pack = MoELayer._pack
 
-        def wrong(self: MoELayer, name: str, source: Tensor) -> Tensor:
-            if name == "up":
+        def wrong(self: MoELayer, projection: Projection, source: Tensor) -> Tensor:
+            if projection.name == "up":
                 source = source.clone()
                 source[5, :, 7] *= 4
-            return pack(self, name, source)
+            return pack(self, projection, source)
 
         monkeypatch.setattr(MoELayer, "_pack", wrong)
         status, out, _ = run("check", "--mode", "debug", "--config", config_file, "--tokens", 64)
         assert status == 1
         assert "expert 4: 11 steps ok\nexpert 5: the first step that deviates is up\n" in out
 
-    def test_debug_finds_a_fault_between_experts(self, run, config_file: Path, monkeypatch) -> None:
+    def test_debug_finds_a_fault_between_experts(self, run, config_file: Path) -> None:
         """Each expert alone is right; the routing weights of a call with several go to the wrong rows."""
-        from jitmoe.experts.ops import CallContext
-
-        original = CallContext.expert_call
-
-        def wrong(self: CallContext, weights: Tensor, tokens: int) -> Any:
-            return original(self, weights.flip(-1), tokens)
-
-        monkeypatch.setattr(CallContext, "expert_call", wrong)
-        status, out, _ = run("check", "--mode", "debug", "--config", config_file, "--tokens", 64)
+        with changed_by(flip_weights):
+            status, out, _ = run("check", "--mode", "debug", "--config", config_file, "--tokens", 64)
         assert status == 1 and "all experts together: the first step that deviates is out" in out
 
     def test_real_data(self, run, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from jitmoe.errors import ConfigError
 from jitmoe.memory import estimate
 from jitmoe.memory.estimate import Load
 from jitmoe.memory.model import read_model
-from jitmoe.plan import shapes
+from jitmoe.plan import groups
 
 SMALL = MoEConfig(num_experts=4, hidden_size=33, intermediate_size=50, top_k=2, lora_rank=5, isa="ref")
 
@@ -75,7 +75,7 @@ def test_savings_are_what_the_changed_estimate_says():
 def test_smaller_groups_save_where_groups_are_full():
     load = Load(MoEConfig(16, 256, 192, 4, isa="avx512"), tokens=100_000)
     saving = next(saved for change, saved in estimate.estimate(load).savings.items() if "GROUP_BYTES" in change)
-    assert 0.4 * shapes.GROUP_BYTES <= saving <= 1.1 * shapes.GROUP_BYTES
+    assert 0.4 * groups.GROUP_BYTES <= saving <= 1.1 * groups.GROUP_BYTES
 
 
 def test_int8_weights_would_halve_the_packed_ones_and_are_said_not_to_exist():
@@ -227,7 +227,7 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     scratch = bytes_of(found.load, "scratch")
     assert found.total - scratch == layers * every + working
     sums, of_a_thread = 4 * tokens * hidden, 4 << 20
-    assert sums < scratch < sums + shapes.GROUP_BYTES + threads * of_a_thread
+    assert sums < scratch < sums + groups.GROUP_BYTES + threads * of_a_thread
     assert found.total == pytest.approx(1e9 * gigabytes, rel=1e-3)
 
 
@@ -272,7 +272,7 @@ def test_the_command(tmp_path, capsys):
     title = "128 experts of 2048 x 768, top 8, LoRA of rank 4 in float32, 2048 tokens, "
     assert out.startswith(f"One layer and its call: {title}") and "training, isa avx2\n" in out
     buffers, model = out.split("The model:")
-    assert "gate_panel" in buffers and "saved_gate" not in buffers, "each buffer of one layer, which recomputes"
+    assert "gate.grad_panel" in buffers and "gate.saved" not in buffers, "each buffer of one layer, which recomputes"
     rows = {line.split()[0]: line for line in model.splitlines() if line}
     assert "48 layers, 2048 tokens a call" in rows["total"]
     assert rows["packed"].split()[-5:] == ["1.21", "GB", "48", "58", "GB"]

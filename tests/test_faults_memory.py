@@ -3,25 +3,38 @@
 import ctypes
 import itertools
 import mmap
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, run_python, same_bits, usable_isas
+from helpers import (
+    EVERY_ISA,
+    build_kernels,
+    case_named,
+    different,
+    layer_of,
+    placed_by,
+    run_python,
+    same_bits,
+    usable_isas,
+)
 from torch import Tensor
 from yardstick import Case, Inputs, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
-from jitmoe.experts import call, ops, workspace
+from jitmoe.experts import call, workspace
+from jitmoe.experts.observer import Observer, observing
 from jitmoe.experts.pack import Seal
+from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.host import route
-from jitmoe.jit import kernels
-from jitmoe.plan import scratch
-from jitmoe.plan.scratch import Buffer, Placed, ScratchPlan
+from jitmoe.jit import abi
+from jitmoe.plan.placement import Buffer, Placed, ScratchPlan
+from jitmoe.plan.shapes import Shape
 
 ISA = usable_isas()[0]
 RAGGED = [case_named("ragged_31"), case_named("ragged_65")]
@@ -57,18 +70,14 @@ class Fence:
         assert (beside == self.CANARY).all(), "bytes beside the tensor were written"
 
 
-ALLOCATORS = ("empty", "zeros_like")
-"""All of torch that ops.py allocates with, beside casts and copies of inputs. Large tensors come from blocks."""
-
-
 class Fences:
-    """Tensors that begin or end at a forbidden page; a drop-in for torch's allocating functions in ops.py."""
+    """Tensors and scratch that begin or end at a forbidden page."""
 
     def __init__(self, at_end: bool) -> None:
         self.at_end = at_end
         self.made: list[Fence] = []
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: object = None) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         fence = Fence(torch.Size(shape).numel() * dtype.itemsize, self.at_end)
         self.made.append(fence)
         if not fence.nbytes:
@@ -78,8 +87,8 @@ class Fences:
     def copy(self, tensor: Tensor) -> Tensor:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
-    def zeros_like(self, tensor: Tensor, dtype: torch.dtype, memory_format: object = None) -> Tensor:
-        return self.empty(tensor.shape, dtype).zero_()
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.empty(shape, dtype).zero_()
 
     def lease(self, nbytes: int) -> Any:
         fence = Fence(nbytes, self.at_end)
@@ -89,17 +98,6 @@ class Fences:
     def check(self) -> None:
         for fence in self.made:
             fence.check()
-
-
-class FencedTorch(ModuleType):
-    """torch as ops.py sees it, with its results and gradients between fences."""
-
-    def __init__(self, fences: Fences) -> None:
-        super().__init__("torch")
-        self.fences = fences
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.fences if name in ALLOCATORS else torch, name)
 
 
 def fence_layer(layer: MoELayer, fences: Fences) -> None:
@@ -115,9 +113,7 @@ def fence_layer(layer: MoELayer, fences: Fences) -> None:
 @pytest.mark.parametrize("case", [*RAGGED, case_named("all_ones")], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("at_end", [True, False], ids=["page behind", "page before"])
-def test_no_byte_beyond_any_tensor_is_touched(
-    isa: str, case: Case, recompute: bool, at_end: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_byte_beyond_any_tensor_is_touched(isa: str, case: Case, recompute: bool, at_end: bool) -> None:
     """Inputs, parameters, packed weights, saved tensors, scratch, result and gradients, all at the edge of a page.
 
     An access beyond one ends the process, so this test does not fail quietly.
@@ -129,11 +125,10 @@ def test_no_byte_beyond_any_tensor_is_touched(
 
     fences = Fences(at_end)
     fence_layer(layer, fences)
-    monkeypatch.setattr(ops, "torch", FencedTorch(fences))
-    monkeypatch.setattr(call, "arenas", fences)
     x, weights = (fences.copy(tensor).requires_grad_() for tensor in (inputs.x, inputs.weights))
-    out = layer(x, fences.copy(inputs.topk_ids), weights)
-    out.backward(fences.copy(inputs.dout))
+    with supplied(empty=fences.empty, zeros=fences.zeros, arenas=fences):
+        out = layer(x, fences.copy(inputs.topk_ids), weights)
+        out.backward(fences.copy(inputs.dout))
     found = {"out": out.detach(), "x": x.grad, "weights": weights.grad}
     found |= {name: parameter.grad for name, parameter in layer.named_parameters()}
     saved_and_scratch = (0 if recompute else 5) + 2
@@ -149,7 +144,7 @@ class FencedBuffers:
         self.pages: list[int] = []
         self.leases: list[mmap.mmap] = []
 
-    def place(self, buffers: list[Buffer], gap: int) -> ScratchPlan:
+    def place(self, buffers: Sequence[Buffer], gap: int) -> ScratchPlan:
         placed, end = [], 0
         self.pages = []
         for buffer in buffers:
@@ -168,22 +163,21 @@ class FencedBuffers:
         return nullcontext(arena.ctypes.data)
 
 
+class OneThread(Observer):
+    threads = 1
+
+
 @EVERY_ISA
 @pytest.mark.parametrize("case", [*RAGGED, case_named("all_ones")], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.usefixtures("plans_are_not_kept")
-def test_no_byte_beyond_any_buffer_of_scratch_is_touched(
-    isa: str, case: Case, recompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_byte_beyond_any_buffer_of_scratch_is_touched(isa: str, case: Case, recompute: bool) -> None:
     """On one thread, so that what belongs to it ends with its buffer. Ends the process as the test above does."""
     inputs = make_inputs(case)
     layer = layer_of(inputs, isa, recompute=recompute)
     expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
     fenced = FencedBuffers()
-    monkeypatch.setattr(scratch, "place", fenced.place)
-    monkeypatch.setattr(call, "arenas", fenced)
-    monkeypatch.setattr(call, "usable_threads", lambda _: 1)
-    assert different(results_of_layer(layer, inputs), expected) == []
+    with placed_by(fenced.place), supplied(arenas=fenced), observing(OneThread()):
+        assert different(results_of_layer(layer, inputs), expected) == []
     assert len(fenced.leases) == 2
 
 
@@ -236,30 +230,71 @@ def snapshot(layer: MoELayer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in {**tensors, **grads}.items()}
 
 
-def fail_at(count: int, function: Callable[..., Any], error: type[BaseException], after: bool) -> Callable[..., Any]:
-    """``function``, which raises ``error`` at its call number ``count``, before it does anything or after all."""
-    calls = itertools.count()
+@dataclass
+class Seeded:
+    """Makes functions raise ``error`` at their call number ``count``, before they do anything or after all."""
 
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if next(calls) != count:
-            return function(*arguments, **options)
-        if after:
-            function(*arguments, **options)
-        raise error("seeded")
+    count: int
+    error: BaseException
+    after: bool = False
+    calls: Iterator[int] = field(default_factory=itertools.count)
 
-    return failing
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*arguments: Any, **options: Any) -> Any:
+            if next(self.calls) != self.count:
+                return function(*arguments, **options)
+            if self.after:
+                function(*arguments, **options)
+            raise self.error
+
+        return failing
 
 
-PHASES: dict[str, tuple[Any, str]] = {
-    "routing": (route, "_sort_slots"),
-    "planning of groups": (call, "plan_groups"),
-    "planning of forward": (call, "plan_forward"),
-    "planning of backward": (call, "plan_backward"),
-    "scratch": (workspace, "allocate"),
-    "kernel of forward": (kernels.Kernels, "forward"),
-    "kernel of backward": (kernels.Kernels, "backward"),
-    "addresses": (ops, "_addresses"),
-    "packed inputs": (ops, "_inputs"),
+Phase = Callable[[Seeded], AbstractContextManager[Any]]
+
+
+def supply(name: str) -> Phase:
+    return lambda seeded: supplied(**{name: seeded(getattr(supplies(), name))})
+
+
+def kernels_of(pass_name: str) -> Phase:
+    def phase(seeded: Seeded) -> AbstractContextManager[Any]:
+        def load(shape: Shape) -> Any:
+            run = normal(shape).run
+            broken = seeded(run)
+            return SimpleNamespace(run=lambda name, record: (broken if name == pass_name else run)(name, record))
+
+        normal = supplies().load
+        return supplied(load=load)
+
+    return phase
+
+
+def function(owner: Any, name: str) -> Phase:
+    """A function between the seams."""
+
+    @contextmanager
+    def phase(seeded: Seeded) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, seeded(getattr(owner, name)))
+            yield
+
+    return phase
+
+
+PHASES: dict[str, Phase] = {
+    "routing": function(route, "_sort_slots"),
+    "planning of groups": function(call, "plan_groups"),
+    "planning of forward": supply("plan_forward"),
+    "planning of backward": supply("plan_backward"),
+    "loading": supply("load"),
+    "scratch": function(workspace, "allocate"),
+    "results": supply("empty"),
+    "gradients of weights": supply("zeros"),
+    "callbacks": supply("gather_rows"),
+    "record": function(abi, "record"),
+    "kernel of forward": kernels_of("forward"),
+    "kernel of backward": kernels_of("backward"),
 }
 
 
@@ -267,26 +302,19 @@ PHASES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("phase", PHASES)
 def test_interrupted_at_every_phase(
-    layer: MoELayer,
-    inputs: Inputs,
-    phase: str,
-    error: type[BaseException],
-    after: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    layer: MoELayer, inputs: Inputs, phase: str, error: type[BaseException], after: bool
 ) -> None:
     """Clean: no gradient half accumulated, nothing leaked, the next call right."""
     workspace.arenas.release()
     expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
     state, held = snapshot(layer), workspace.arenas.held_bytes()
     assert held > 0
-    owner, name = PHASES[phase]
     interrupted = 0
-    for count in range(4):
+    for count in range(16):
         if phase == "scratch":
             workspace.arenas.release()
         x, weights = inputs.x.clone().requires_grad_(), inputs.weights.clone().requires_grad_()
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fail_at(count, getattr(owner, name), error, after))
+        with PHASES[phase](Seeded(count, error("seeded"), after)):
             try:
                 layer(x, inputs.topk_ids, weights).backward(inputs.dout)
             except error:
@@ -295,42 +323,33 @@ def test_interrupted_at_every_phase(
                 assert x.grad is None and weights.grad is None
             else:
                 break
+    else:
+        pytest.fail("no call got through")
     assert interrupted >= 1
     assert different(results_of_layer(layer, inputs), expected) == []
     assert workspace.arenas.held_bytes() == held, "an arena was lost or doubled"
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_torch_has_no_memory_for_its_part(
-    layer: MoELayer, inputs: Inputs, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["empty", "zeros"])
+def test_torch_has_no_memory_for_its_part(layer: MoELayer, inputs: Inputs, name: str) -> None:
     """The n-th allocation of results and gradients is refused, for every n: torch's RuntimeError is a MemoryError."""
     expected = {key: value.clone() for key, value in results_of_layer(layer, inputs).items()}
     state = snapshot(layer)
-
-    class RefusedError(RuntimeError):
-        def __init__(self, _: str) -> None:
-            super().__init__("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-
+    refusal = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
     refused = 0
-    for count in range(12):
-        scarce = Fences(True)
-        monkeypatch.setattr(scarce, name, fail_at(count, getattr(torch, name), RefusedError, False))
-        for other in {*ALLOCATORS} - {name}:
-            monkeypatch.setattr(scarce, other, getattr(torch, other))
+    for count in range(16):
         x = inputs.x.clone().requires_grad_()
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "torch", FencedTorch(scarce))
-            out = None
+        with supply(name)(Seeded(count, RuntimeError(refusal))):
             try:
-                out = layer(x, inputs.topk_ids, inputs.weights)
-                out.backward(inputs.dout)
+                layer(x, inputs.topk_ids, inputs.weights).backward(inputs.dout)
             except MemoryError as error:
                 refused += 1
                 assert "can't allocate memory" in str(error)
                 assert different(snapshot(layer), state) == [] and x.grad is None
             else:
                 break
+    else:
+        pytest.fail("no call got through")
     assert refused >= 1
     assert different(results_of_layer(layer, inputs), expected) == []
 

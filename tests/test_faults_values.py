@@ -11,9 +11,9 @@ from yardstick import Case, Results, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
 from jitmoe.experts import workspace
-from jitmoe.experts.layer import PROJECTIONS
 from jitmoe.experts.pack import Seal
 from jitmoe.oracle.reference import LoraTensors
+from jitmoe.plan.projections import projections
 
 CASES = [case_named("small"), case_named("ragged_31"), case_named("ragged_65")]
 NO_LORA = case_named("no_lora")
@@ -102,8 +102,8 @@ def padding_of(out: int, in_: int) -> Tensor:
 
 def poison_padding(layer: MoELayer) -> None:
     """NaN into every element of the packed weights that is no weight, and a new seal."""
-    for name in PROJECTIONS:
-        packed, padding = getattr(layer, f"packed_{name}"), padding_of(*layer._extent(name))
+    for projection in projections(layer.config.hidden_size, layer.config.intermediate_size):
+        packed, padding = getattr(layer, f"packed_{projection.name}"), padding_of(projection.out, projection.in_)
         assert padding.any() and not packed[:, padding].any(), "padding is where it is expected, and zero"
         packed[:, padding] = NAN_BITS
     layer._seal = Seal()

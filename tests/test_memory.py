@@ -8,16 +8,26 @@ import dataclasses
 import itertools
 import math
 import random
-import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, NATIVE, build_kernels, case_named, different, layer_of, usable_isas
+from helpers import (
+    EVERY_ISA,
+    NATIVE,
+    Placement,
+    build_kernels,
+    case_named,
+    different,
+    launches,
+    layer_of,
+    placed_by,
+    usable_isas,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from yardstick import Inputs, Results, make_inputs, results_of_layer
@@ -25,30 +35,18 @@ from yardstick import Inputs, Results, make_inputs, results_of_layer
 import jitmoe
 from jitmoe import MoEConfig, MoELayer
 from jitmoe.errors import PlanError
-from jitmoe.experts import call, ops, workspace
+from jitmoe.experts import ops, workspace
+from jitmoe.experts.supplies import supplied
 from jitmoe.experts.workspace import Arenas, Blocks
 from jitmoe.isa import ISAS
-from jitmoe.jit.render import template_dir
 from jitmoe.memory.tensors import Held
-from jitmoe.plan import scratch, shapes
-from jitmoe.plan.scratch import (
-    ALIGNMENT,
-    Buffer,
-    CallSize,
-    Placed,
-    ScratchPlan,
-    place,
-    plan_backward,
-    plan_forward,
-    prove,
-    thread_strides,
-)
+from jitmoe.plan import placement, scratch, shapes
+from jitmoe.plan.groups import GROUP_BYTES, Extents, plan_groups
+from jitmoe.plan.placement import ALIGNMENT, ITEM_BYTES, Buffer, Placed, ScratchPlan, place, prove
+from jitmoe.plan.scratch import plan_backward, plan_forward
 
 STEPS = 6
 ISA = usable_isas()[0]
-
-
-pytestmark = pytest.mark.usefixtures("plans_are_not_kept")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +75,7 @@ def shadow(plan_: ScratchPlan, true_lifetimes: list[Buffer]) -> bool:
 
     This knows nothing of how ``prove`` compares intervals.
     """
-    offsets = plan_.offsets()
+    offsets = {item.buffer.name: item.offset for item in plan_.placed}
     owners = np.full(max(plan_.nbytes // ALIGNMENT, 1), -1)
     lines = {
         b.name: slice(offsets[b.name] // ALIGNMENT, (offsets[b.name] + b.nbytes) // ALIGNMENT) for b in true_lifetimes
@@ -99,7 +97,7 @@ def test_placed_buffers_never_share_while_alive(buffers: list[Buffer]) -> None:
     assert shadow(placed, buffers)
     assert sorted(item.buffer.name for item in placed.placed) == sorted(b.name for b in buffers)
     assert all(item.offset % ALIGNMENT == 0 and item.end <= placed.nbytes for item in placed.placed)
-    assert placed.nbytes >= lower_bound(buffers) == scratch.lower_bound(buffers)
+    assert placed.nbytes >= lower_bound(buffers) == placement.lower_bound(buffers)
 
 
 def test_places_are_within_a_few_per_cent_of_the_lower_bound() -> None:
@@ -147,7 +145,7 @@ def test_a_shortened_lifetime_is_really_lost_in_this_example() -> None:
     """So that the property above is known to have met its second branch."""
     early, late = Buffer("early", (64,), "float32", 0, 2), Buffer("late", (64,), "float32", 2, 3)
     placed = place([dataclasses.replace(early, last=1), late])
-    assert placed.offsets() == {"early": 0, "late": 0}
+    assert placed.fields(4096) == {"early": 4096, "late": 4096}
     with pytest.raises(PlanError, match=r"early at 0\.\.256 \(steps 0-2\) and late at 0\.\.256 \(steps 2-3\)"):
         prove(ScratchPlan((Placed(early, 0), Placed(late, 0)), 256))
 
@@ -182,22 +180,16 @@ def test_each_thread_has_whole_cache_lines_of_its_own(isa: str, rank: int) -> No
         shape = shapes.Shape(
             isa, hidden, intermediate, shapes.round_up(rank, shapes.K_STEP), ISAS[isa].m_steps[0], False
         )
-        size = CallSize(9, rows=60, blocks=60, segment_rows=segment_rows, rank=rank, threads=3)
-        backward = plan_backward(shape, size, x_grad=True, recompute=False)
-        for strips, found in ((2, plan_forward(shape, size)), (4, backward)):
+        size = Extents(9, rows=60, blocks=60, segment_rows=segment_rows, rank=rank, threads=3)
+        for found in (plan_forward(shape, size), plan_backward(shape, size, x_grad=True, recompute=False)):
             of_threads = {p.buffer.name: p.buffer for p in found.placed if p.buffer.name.startswith("thread_")}
-            strides = thread_strides(shape, size, strips)
+            fields = found.fields(0)
             assert len(of_threads) >= 3
+            assert {f"{name}.stride" for name in of_threads} == {name for name in fields if name.endswith(".stride")}
             for name, buffer in of_threads.items():
-                stride = strides[name.replace("thread_", "") + "_stride"]
-                each = math.prod(buffer.shape[1:]) * scratch.ITEM_BYTES[buffer.dtype]
+                stride = fields[f"{name}.stride"]
+                each = math.prod(buffer.shape[1:]) * ITEM_BYTES[buffer.dtype]
                 assert (buffer.shape[0], stride, stride % ALIGNMENT) == (size.threads, each, 0), name
-
-
-def test_the_chunk_mirrors_the_header() -> None:
-    """Shapes of the tests are too small to fill a chunk, so a shorter buffer would not be missed."""
-    header = (template_dir() / "gemm" / "tuning.hpp").read_text(encoding="utf-8")
-    assert re.findall(r"kChunk = (\d+);", header) == [str(scratch.CHUNK)]
 
 
 W6 = shapes.Shape("avx512", 7168, 2048, 32, 14, False)
@@ -208,8 +200,8 @@ def plans_of(shape: shapes.Shape, tokens: int, top_k: int, experts_: int, thread
     """Forward, and backward with and without recomputing, for evenly routed tokens."""
     offsets = np.arange(experts_ + 1, dtype=np.int64) * (tokens * top_k // experts_)
     for training in (False, True):
-        groups = shapes.plan_groups(np.arange(experts_), offsets, shape.m_step, scratch.row_bytes(shape, training))
-        size = CallSize(tokens, groups.rows, groups.blocks, groups.segment_rows, 8, threads)
+        groups = plan_groups(np.arange(experts_), offsets, shape.m_step, scratch.row_bytes(shape, training))
+        size = groups.extents(tokens, rank=8, threads=threads)
         if not training:
             yield plan_forward(shape, size)
         else:
@@ -220,11 +212,11 @@ def plans_of(shape: shapes.Shape, tokens: int, top_k: int, experts_: int, thread
 def test_sizes_of_a_very_large_model() -> None:
     """Where the ancestor asked for 4 TB: the token sums, a few groups of panels, and each thread's own part."""
     token_sums = W6_TOKENS * W6.hidden * 4
-    thread = shapes.GROUP_BYTES  # a strip of 32 columns of a segment, four times, and expanded weights: less than this
+    thread = GROUP_BYTES  # a strip of 32 columns of a segment, four times, and expanded weights: less than this
     for found in plans_of(W6, W6_TOKENS, W6_TOP_K, W6_EXPERTS):
-        assert found.nbytes <= token_sums + 2 * shapes.GROUP_BYTES + 64 * thread
+        assert found.nbytes <= token_sums + 2 * GROUP_BYTES + 64 * thread
         others = [p.buffer for p in found.placed if p.buffer.name != "sums" and "thread" not in p.buffer.name]
-        assert max(b.nbytes for b in others) <= 1.1 * shapes.GROUP_BYTES, "nothing grows with T x K x H"
+        assert max(b.nbytes for b in others) <= 1.1 * GROUP_BYTES, "nothing grows with T x K x H"
 
 
 def test_real_plans_waste_nothing() -> None:
@@ -248,7 +240,7 @@ def test_scratch_does_not_grow_with_the_tokens_but_for_their_sums() -> None:
 
 def test_nothing_overflows() -> None:
     tokens = 1 << 40
-    size = CallSize(tokens, rows=280, blocks=20, segment_rows=280, rank=8, threads=1 << 10)
+    size = Extents(tokens, rows=280, blocks=20, segment_rows=280, rank=8, threads=1 << 10)
     found = plan_backward(W6, size, x_grad=True, recompute=True)
     sums = next(p for p in found.placed if p.buffer.name == "sums")
     assert sums.buffer.nbytes == tokens * W6.hidden * 4 and found.nbytes > sums.buffer.nbytes
@@ -348,11 +340,11 @@ class TestBlocks:
         del kept
         assert blocks.held_bytes() == 1000
 
-    def test_a_tensor_of_the_layer_has_a_block_until_it_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "PAGE", 0)
-        monkeypatch.setattr(ops, "blocks", blocks := Blocks())
+    def test_a_tensor_of_the_layer_has_a_block_until_it_is_gone(self) -> None:
+        blocks = Blocks()
         for shape, dtype in (((3, 5, 7), torch.bfloat16), ((4, 9), torch.float32), ((0, 4), torch.float32)):
-            tensor = ops.empty(shape, dtype)
+            with supplied(block_bytes=0, blocks=blocks):
+                tensor = ops.empty(shape, dtype)
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
             part = tensor[1:]
             del tensor
@@ -456,10 +448,10 @@ class TestBlocks:
         assert blocks.held_bytes() == 1010
 
 
-def test_release_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "PAGE", 0)
+def test_release_memory_leaves_nothing() -> None:
     inputs = make_inputs(case_named("ragged_31"))
-    results_of_layer(layer_of(inputs, ISA), inputs)
+    with supplied(block_bytes=0):
+        results_of_layer(layer_of(inputs, ISA), inputs)
     assert workspace.arenas.held_bytes() > 0 and workspace.blocks.held_bytes() > 0
     jitmoe.release_memory()
     assert workspace.arenas.held_bytes() == workspace.blocks.held_bytes() == 0
@@ -491,32 +483,22 @@ class PoisonedArenas:
         self.leases += 1
 
 
-@pytest.fixture
-def run_with(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Callable[[list[Buffer]], ScratchPlan], MoELayer, Inputs], Results]:
-    """Run a layer with ``place`` replaced, in a poisoned arena; what the replacement lets overlap is not proved."""
+def run_with(placement: Placement, layer: MoELayer, inputs: Inputs) -> Results:
+    """What the layer gives where ``placement`` places its scratch, in a poisoned arena."""
+    arenas = PoisonedArenas([])
 
-    def run(placement: Callable[[list[Buffer]], ScratchPlan], layer: MoELayer, inputs: Inputs) -> Results:
-        arenas = PoisonedArenas([])
+    def placed(buffers: Sequence[Buffer], gap: int) -> ScratchPlan:
+        found = placement(buffers, gap)
+        arenas.buffers = list(found.placed)
+        return found
 
-        def placed(buffers: list[Buffer], gap: int) -> ScratchPlan:
-            found = placement(buffers)
-            arenas.buffers = list(found.placed)
-            return found
-
-        with monkeypatch.context() as patch:
-            patch.setattr(scratch, "place", placed)
-            patch.setattr(scratch, "prove", lambda found: found)
-            patch.setattr(call, "arenas", arenas)
-            results = results_of_layer(layer, inputs)
-        assert arenas.leases == 2
-        return results
-
-    return run
+    with placed_by(placed), supplied(arenas=arenas):
+        results = results_of_layer(layer, inputs)
+    assert arenas.leases == 2
+    return results
 
 
-def apart(buffers: list[Buffer]) -> ScratchPlan:
+def apart(buffers: Sequence[Buffer], gap: int = 0) -> ScratchPlan:
     """Every buffer alone, with a page between it and the next."""
     offset, placed = 4096, []
     for buffer in buffers:
@@ -525,18 +507,17 @@ def apart(buffers: list[Buffer]) -> ScratchPlan:
     return ScratchPlan(tuple(placed), offset)
 
 
-def sharing(first: str, second: str) -> Callable[[list[Buffer]], ScratchPlan]:
+def sharing(first: str, second: str) -> Placement:
     """As :func:`apart`, but the two named buffers begin at the same byte, where a plan has both."""
 
-    def placement(buffers: list[Buffer]) -> ScratchPlan:
+    def placement(buffers: Sequence[Buffer], gap: int) -> ScratchPlan:
         found = apart(buffers)
-        offsets = found.offsets()
-        if first not in offsets or second not in offsets:
+        both = [buffer.nbytes for buffer in buffers if buffer.name in (first, second)]
+        if len(both) < 2:
             return found
-        sizes = {b.name: b.nbytes for b in buffers}
         room = found.nbytes + 4096
         shared = tuple(Placed(p.buffer, room) if p.buffer.name in (first, second) else p for p in found.placed)
-        return ScratchPlan(shared, room + max(sizes[first], sizes[second]) + 4096)
+        return ScratchPlan(shared, room + max(both) + 4096)
 
     return placement
 
@@ -544,25 +525,20 @@ def sharing(first: str, second: str) -> Callable[[list[Buffer]], ScratchPlan]:
 def pairs(layer: MoELayer, inputs: Inputs, meeting: bool) -> set[tuple[str, str]]:
     """Pairs of buffers of one pass whose lifetimes (do not) meet, and in no pass do otherwise."""
     found: dict[tuple[str, str], bool] = {}
-
-    def record(buffers: list[Buffer], gap: int) -> ScratchPlan:
-        for one, other in itertools.combinations(sorted(buffers, key=lambda b: b.name), 2):
+    with launches() as seen:
+        results_of_layer(layer, inputs)
+    for launch in seen:
+        buffers = sorted((item.buffer for item in launch.plan.placed), key=lambda buffer: buffer.name)
+        for one, other in itertools.combinations(buffers, 2):
             key = (one.name, other.name)
             found[key] = found.get(key, False) or one.meets(other)
-        return apart(buffers)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch, "place", record)
-        results_of_layer(layer, inputs)
     return {pair for pair, meets in found.items() if meets is meeting}
 
 
 @EVERY_ISA
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["ragged_31", "ragged_65"])
-def test_kernels_stay_inside_their_buffers(
-    run_with: Callable[..., Results], name: str, isa: str, recompute: bool
-) -> None:
+def test_kernels_stay_inside_their_buffers(name: str, isa: str, recompute: bool) -> None:
     """And read nothing that they have not written: each buffer holds NaNs before."""
     inputs = make_inputs(case_named(name))
     layer = layer_of(inputs, isa, recompute=recompute)
@@ -571,7 +547,7 @@ def test_kernels_stay_inside_their_buffers(
 
 @pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in NATIVE if isa != "ref"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_buffers_that_may_share_can_share(run_with: Callable[..., Results], isa: str, recompute: bool) -> None:
+def test_buffers_that_may_share_can_share(isa: str, recompute: bool) -> None:
     """Each pair whose lifetimes do not meet, at the same address: no lifetime in the plan is too short."""
     inputs = make_inputs(case_named("ragged_31"))
     layer = layer_of(inputs, isa, recompute=recompute)
@@ -584,7 +560,7 @@ def test_buffers_that_may_share_can_share(run_with: Callable[..., Results], isa:
     assert not wrong, "these pairs share addresses in some plan and change results"
 
 
-def test_buffers_that_may_not_share_are_told_apart_by_that_test(run_with: Callable[..., Results]) -> None:
+def test_buffers_that_may_not_share_are_told_apart_by_that_test() -> None:
     """Seeded fault: a pair that is alive together gets one address, and the results change.
 
     Not those of every pair: what is lost may be written again before it is read. test_checked.py finds every pair.
@@ -593,6 +569,11 @@ def test_buffers_that_may_not_share_are_told_apart_by_that_test(run_with: Callab
     layer = layer_of(inputs, ISA)
     expected = results_of_layer(layer, inputs)
     forbidden = pairs(layer, inputs, meeting=True)
-    for pair in [("act_panel", "x_panel"), ("gate_panel", "up_panel"), ("gate_low", "up_low"), ("act_panel", "sums")]:
+    for pair in [
+        ("act_panel", "x_panel"),
+        ("gate.grad_panel", "up.grad_panel"),
+        ("gate.low", "up.low"),
+        ("act_panel", "sums"),
+    ]:
         assert pair in forbidden
         assert different(run_with(sharing(*pair), layer, inputs), expected), pair

@@ -12,6 +12,7 @@ from jitmoe.config import MAX_SIZE
 from jitmoe.errors import ConfigError
 from jitmoe.isa import ISAS
 from jitmoe.plan import shapes
+from jitmoe.plan.groups import GROUP_BYTES, Extents, group_limit, plan_groups, worst_extents
 
 FIELDS = {"num_experts": 4, "hidden_size": 64, "intermediate_size": 96, "top_k": 2}
 
@@ -120,8 +121,8 @@ def routed(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int) -> None:
     """Every row lies in one segment of its expert, in order; groups hold whole segments that fit the panels."""
     active, offsets = rows
-    groups = shapes.plan_groups(active, offsets, m_step, row_bytes)
-    limit = max(shapes.GROUP_BYTES // row_bytes, 4 * m_step) + m_step
+    groups = plan_groups(active, offsets, m_step, row_bytes)
+    limit = max(GROUP_BYTES // row_bytes, 4 * m_step) + m_step
     row = 0
     for expert, first, count, _ in groups.segments.tolist():
         assert count > 0 and first == row
@@ -139,41 +140,45 @@ def test_groups(rows: tuple[np.ndarray, np.ndarray], m_step: int, row_bytes: int
         assert mine[:, 3].tolist() == [sum(blocks[:i]) for i in range(len(blocks))]
         assert sum(blocks) * m_step <= limit
         sizes.append((int(mine[:, 2].sum()), sum(blocks)))
-    assert groups.rows == max((size for size, _ in sizes), default=0)
-    assert groups.blocks == max((blocks for _, blocks in sizes), default=0)
-    assert groups.segment_rows == max((int(count) for count in groups.segments[:, 2]), default=0)
+    assert groups.extents(tokens=5, rank=6, threads=7) == Extents(
+        tokens=5,
+        rows=max((size for size, _ in sizes), default=0),
+        blocks=max((blocks for _, blocks in sizes), default=0),
+        segment_rows=max((int(count) for count in groups.segments[:, 2]), default=0),
+        rank=6,
+        threads=7,
+    )
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.sampled_from([1, 3, 14]), st.integers(4, 40))
 def test_no_routing_exceeds_the_worst_extents(counts: list[int], m_step: int, blocks: int) -> None:
     """Whatever the routing: neither those that reach the extents (next test) nor any other is above them."""
-    row_bytes = shapes.GROUP_BYTES // (blocks * m_step)
-    limit = shapes.group_limit(m_step, row_bytes)
+    row_bytes = GROUP_BYTES // (blocks * m_step)
+    limit = group_limit(m_step, row_bytes)
     active = np.flatnonzero(counts)
     offsets = np.cumsum([0, *(counts[expert] for expert in active)])
-    groups = shapes.plan_groups(active, offsets, m_step, row_bytes)
+    groups = plan_groups(active, offsets, m_step, row_bytes).extents(9, 8, 2)
     for range_ in ((active.size, active.size), (min(active.size, 1), min(len(counts), sum(counts)))):
-        worst = shapes.worst_extents(sum(counts), range_, m_step, limit)
+        worst = worst_extents(9, sum(counts), range_, m_step, limit, 8, 2)
         assert groups.rows <= worst.rows and groups.blocks <= worst.blocks and groups.segment_rows <= worst.segment_rows
 
 
 @given(st.integers(1, 400), st.integers(1, 30), st.sampled_from([1, 3, 14]), st.integers(4, 40))
 def test_the_worst_extents_are_reached(rows: int, experts: int, m_step: int, blocks: int) -> None:
-    row_bytes = shapes.GROUP_BYTES // (blocks * m_step)
-    limit = shapes.group_limit(m_step, row_bytes)
+    row_bytes = GROUP_BYTES // (blocks * m_step)
+    limit = group_limit(m_step, row_bytes)
     most = min(rows, experts)
-    worst = shapes.worst_extents(rows, (1, most), m_step, limit)
+    worst = worst_extents(9, rows, (1, most), m_step, limit, 8, 2)
 
-    def extents(counts: list[int]) -> shapes.Groups:
-        return shapes.plan_groups(np.arange(len(counts)), np.cumsum([0, *counts]), m_step, row_bytes)
+    def extents(counts: list[int]) -> Extents:
+        return plan_groups(np.arange(len(counts)), np.cumsum([0, *counts]), m_step, row_bytes).extents(9, 8, 2)
 
     heavy, spread = extents([rows]), extents([1] * (most - 1) + [rows - most + 1])
     if rows <= limit:
         assert heavy.segment_rows == worst.segment_rows == worst.rows == heavy.rows
         assert spread.blocks == worst.blocks or most + (rows - most) // m_step > limit // m_step
     elif experts > 1:
-        full = extents([limit, rows - limit])
-        assert (full.rows, full.blocks, full.segment_rows) == (worst.rows, worst.blocks, worst.segment_rows)
+        assert extents([limit, rows - limit]) == worst
 
 
 @given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(list(ISAS)), st.booleans(), st.booleans())

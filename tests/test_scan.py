@@ -39,7 +39,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run each test with Numba's code and with the Python that it was compiled from."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "interpreted":
-            patch.setattr(jitmoe.host.scan, "_scan", jitmoe.scan._scan.py_func)
+            patch.setattr(jitmoe.host.scan, "_scan", jitmoe.host.scan._scan.py_func)
         yield
 
 

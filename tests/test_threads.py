@@ -14,8 +14,8 @@ from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, r
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
-from jitmoe.experts import ops, workspace
-from jitmoe.host import tokens
+from jitmoe.experts import workspace
+from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.isa import ISAS
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan import shapes
@@ -98,7 +98,7 @@ torch.save(results_of_layer(layer_of(inputs, "{isa}"), inputs), sys.argv[1] if l
         ("", {}),
         ("", {"OMP_NUM_THREADS": "1"}),
         ("import numba", {}),
-        ("import jitmoe.host.tokens; jitmoe.tokens.gather_rows_address()", {}),
+        ("import jitmoe.host.tokens; jitmoe.host.tokens.gather_rows_address()", {}),
         ("import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])", {}),
     ],
     ids=["plain", "OMP_NUM_THREADS=1", "numba first", "our numba code first", "cpuset of 1"],
@@ -201,15 +201,14 @@ GATHER = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, INT, INT, INT, POINTER, I
 SUM = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, INT)
 
 
-def test_two_threads_at_work_have_scratch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_at_work_have_scratch_of_their_own() -> None:
     """Each is held with its rows, then with its strip at hand, until the other one is there too."""
     inputs = make_inputs(CASES[0])
     layer = layer_of(inputs, ISA)
     expected = results_with(2, layer, inputs)
-    for name, kind, scratch in (("gather_rows_address", GATHER, 6), ("sum_rows_address", SUM, 0)):
-        meeting = Meeting(kind(getattr(tokens, name)()), scratch)
-        with monkeypatch.context() as patch:
-            patch.setattr(tokens, name, lambda meeting=meeting: meeting.address)
+    for name, kind, scratch in (("gather_rows", GATHER, 6), ("sum_rows", SUM, 0)):
+        meeting = Meeting(kind(getattr(supplies(), name)()), scratch)
+        with supplied(**{name: lambda meeting=meeting: meeting.address}):
             found = results_with(2, layer, inputs)
         assert len(meeting.scratch) == 2 and len(set(meeting.scratch.values())) == 2, name
         assert different(found, expected) == []
@@ -272,13 +271,11 @@ class TestFork:
         in_forked_child(work)
 
     @pytest.mark.parametrize("owner", ["arenas", "blocks"])
-    def test_while_another_thread_holds_the_memory(
-        self, layer: MoELayer, inputs: Inputs, owner: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(ops, "PAGE", 0)
-        expected = results_with(2, layer, inputs)
-        with getattr(workspace, owner)._lock:
-            in_forked_child(lambda: not different(results_of_layer(layer, inputs), expected))
+    def test_while_another_thread_holds_the_memory(self, layer: MoELayer, inputs: Inputs, owner: str) -> None:
+        with supplied(block_bytes=0):
+            expected = results_with(2, layer, inputs)
+            with getattr(workspace, owner)._lock:
+                in_forked_child(lambda: not different(results_of_layer(layer, inputs), expected))
 
     def test_a_child_of_a_child(self, layer: MoELayer, inputs: Inputs) -> None:
         expected = results_with(2, layer, inputs)

@@ -15,14 +15,16 @@ from jitmoe.jit import toolchain
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
 
-def compile_text(folder: Path, text: str, isa: str = "ref", timeout: float = 60.0) -> ctypes.CDLL:
-    """Compile ``text`` in ``folder`` with the compiler that is found, and load it."""
+def compile_text(
+    folder: Path, text: str, isa: str = "ref", timeout: float = 60.0, include: Path | None = None
+) -> ctypes.CDLL:
+    """Compile ``text`` in ``folder`` with the compiler that is found, headers of ``include`` at hand, and load it."""
     folder.mkdir(parents=True, exist_ok=True)
     source, output = folder / "kernel.cpp", folder / "kernel.so"
     source.write_text(text, encoding="utf-8")
     compiler = toolchain.find_compiler()
     flags = toolchain.flags(isa, compiler.kind)
-    toolchain.compile(compiler, source, output, flags, folder, timeout, folder / "build.log")
+    toolchain.compile(compiler, source, output, flags, include or folder, timeout, folder / "build.log")
     return ctypes.CDLL(str(output))
 
 

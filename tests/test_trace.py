@@ -2,15 +2,14 @@
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, case_named, config_of, different, layer_of, usable_isas
+from helpers import EVERY_ISA, case_named, changed_by, config_of, different, layer_of, usable_isas
+from mutation import Mutant, broken_templates
 from test_faults_values import NAN_BITS, poison_padding
 from torch import Tensor
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
@@ -18,7 +17,9 @@ from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 import jitmoe
 from jitmoe import MoELayer
 from jitmoe.errors import TraceError
-from jitmoe.experts import call, workspace
+from jitmoe.experts import workspace
+from jitmoe.experts.observer import Launch
+from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.inspect import tracing
 from jitmoe.inspect.trace_cause import AXES, STEPS
 from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record, Report, heat_map
@@ -284,14 +285,16 @@ def test_stale_scratch_is_shown_and_touches_nothing(recompute: bool, inputs: Inp
     assert "x_panel scratch before" in report.table()
 
 
-def test_one_value_in_scratch_is_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_value_in_scratch_is_named(inputs: Inputs) -> None:
     """The last value of each buffer in turn; that of a panel is in a padded row."""
     layer = layer_of(inputs, BEST)
     workspace.arenas.release()  # several may be left of calls that were under way at once, and any may be taken
-    plans = []
-    planned = call.plan_forward
-    monkeypatch.setattr(call, "plan_forward", lambda *a: plans.append(planned(*a)) or plans[-1])
-    with jitmoe.trace(), torch.no_grad():
+    normal, plans = supplies().plan_forward, []
+    with (
+        supplied(plan_forward=lambda *sizes: plans.append(normal(*sizes)) or plans[-1]),
+        jitmoe.trace(),
+        torch.no_grad(),
+    ):
         plain = call_layer(layer, inputs).clone()
     last_rows = int((inputs.topk_ids == RAGGED.experts - 1).sum())
     assert last_rows % traced_shape(RAGGED, BEST).m_step, "or no row of the last block is padded"
@@ -332,28 +335,12 @@ def test_padding_of_weights_is_shown_and_touches_nothing(inputs: Inputs) -> None
     assert all(f"padding {name}" in before for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-@pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Break the templates: a header, a line in it, and what stands in its place from now on."""
-
-    def break_(header: str, line: str, fault: str) -> None:
-        folder = tmp_path / "templates"
-        shutil.copytree(str(render.template_dir()), folder)
-        text = (folder / header).read_text(encoding="utf-8")
-        assert text.count(line) == 1, f"{header} has no longer one line {line!r}"
-        (folder / header).write_text(text.replace(line, fault), encoding="utf-8")
-        monkeypatch.setattr(render, "template_dir", lambda: folder)
-        kernels.load.cache_clear()
-
-    yield break_
-    kernels.load.cache_clear()
-
-
-def test_a_fault_of_the_kernel_is_named(broken, inputs: Inputs) -> None:
+def test_a_fault_of_the_kernel_is_named(inputs: Inputs) -> None:
     layer = layer_of(inputs, "ref")
-    observed = "observe_strip(call, Observed::act, segment, strip, S.intermediate, gates);"
-    broken("forward.hpp", observed, f"if (expert == 2 && strip == 1) gates[3 * kStrip + 5] = 0.0f / 0.0f; {observed}")
-    first = found(traced(layer, inputs))
+    shown = "show(Tensor::act, segment, index, S.intermediate, gates);\n    put("
+    nan = "if (segment.expert == 2 && index == 1) gates[3 * kStrip + 5] = 0.0f / 0.0f;\n    "
+    with broken_templates(Mutant("nan_in_act", "templates/forward.hpp", shown, nan + shown)):
+        first = found(traced(layer, inputs))
     assert (first.cause, first.pass_name, first.step, first.expert) == ("kernel", "forward", "act", EXPERT)
     rows = (inputs.topk_ids == EXPERT).nonzero()
     assert (first.token, first.slot, first.column) == (*rows[3].tolist(), 37)
@@ -361,24 +348,28 @@ def test_a_fault_of_the_kernel_is_named(broken, inputs: Inputs) -> None:
     assert first.row == before + 3
 
 
-def test_a_kernel_that_reads_stale_scratch_is_named(broken, inputs: Inputs) -> None:
+def test_a_kernel_that_reads_stale_scratch_is_named(inputs: Inputs) -> None:
     layer = layer_of(inputs, "ref")
     with jitmoe.trace():
         results_of_layer(layer, inputs)
-    broken("parallel.hpp", "if (call.sums) clear_sums<S>(call, scratch);", "")
-    poison_scratch()
-    first = found(traced(layer, inputs))
+    cleared = "if (call.sums) clear_sums<S>(call, thread);"
+    with broken_templates(Mutant("stale_sums", "templates/parallel.hpp", cleared, "")):
+        poison_scratch()
+        first = found(traced(layer, inputs))
     assert (first.cause, first.step, first.expert) == ("kernel", "out", None)
     assert "scratch sums" in first.sentence
 
 
-def test_only_a_traced_instance_calls_back(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_traced_instance_calls_back(inputs: Inputs) -> None:
+    """Another one does not look where it would report to."""
+
+    def point_nowhere(launch: Launch) -> None:
+        launch.record["observe"] = launch.record["census"] = 1
+
     layer = layer_of(inputs, BEST)
     plain = copied(results_of_layer(layer, inputs))
-    fields = call._fields
-    monkeypatch.setattr(call, "_fields", lambda *a: fields(*a) | {"observe": 1, "census": 1})
-    monkeypatch.setattr(tracing, "Recorder", None)
-    assert different(results_of_layer(layer, inputs), plain) == []
+    with changed_by(point_nowhere):
+        assert different(results_of_layer(layer, inputs), plain) == []
 
 
 def test_calls_and_layers_are_told_apart(inputs: Inputs) -> None:
@@ -480,27 +471,35 @@ class TestReport:
 
 class TestEnvironment:
     @pytest.fixture(autouse=True)
-    def always(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tracer(self, monkeypatch: pytest.MonkeyPatch) -> tracing.Tracer:
+        """That of a process in which nothing has been found yet."""
         monkeypatch.setenv("JITMOE_TRACE", "1")
-        monkeypatch.setattr(tracing._Always, "done", False)
+        fresh = tracing.Tracer()
+        monkeypatch.setattr(tracing, "_tracer", fresh)
+        return fresh
 
-    def test_the_first_bad_call_is_logged_once(self, inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_first_bad_call_is_logged_once(
+        self, tracer: tracing.Tracer, inputs: Inputs, caplog: pytest.LogCaptureFixture
+    ) -> None:
         layer = layer_of(inputs, BEST)
         call_layer(layer, inputs)
         assert caplog.text == ""
         inputs.x[3, 17] = NAN
         call_layer(layer, inputs)
+        assert not tracer.wanted
         call_layer(layer, inputs)
         (message,) = [record.getMessage() for record in caplog.records]
         assert "x of expert" in message and "token 3" in message and "it came with the call" in message
         assert "gate_lora_a before" in message, "the table is there"
-        assert tracing._Always.report.calls == []
+        assert tracer._always.calls == []
 
-    @pytest.mark.parametrize("text", ["0", ""])
-    def test_off(self, text: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("text", "watch"), [("0", "nothing"), ("", "nothing"), ("1", "values")])
+    def test_only_1_asks_for_it(self, text: str, watch: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("JITMOE_TRACE", text)
-        monkeypatch.setattr(tracing, "Recorder", None)
-        call_layer(layer_of(inputs, BEST), inputs)
+        loaded: list[Shape] = []
+        with supplied(load=lambda shape: loaded.append(shape) or kernels.load(shape)):
+            call_layer(layer_of(inputs, BEST), inputs)
+        assert [shape.watch for shape in loaded] == [watch]
 
 
 def test_each_step_reads_what_stands_before_it() -> None:

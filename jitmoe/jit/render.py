@@ -1,5 +1,7 @@
 """Text of one kernel instance: one include, one ``constexpr Shape``, the exported C functions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -29,9 +31,30 @@ class Instance:
     text: str
 
 
-@cache
+class _Present:
+    """The folder that :func:`templates_from` has put in place of ours."""
+
+    folder: Path | None = None
+
+
 def template_dir() -> Traversable:
-    """Folder of the C++ headers: inside the package when installed, beside it in a checkout."""
+    """Folder of the C++ headers."""
+    return _Present.folder or _shipped()
+
+
+@contextmanager
+def templates_from(folder: Path) -> Iterator[None]:
+    """Render and compile from ``folder`` in this process until the block ends; what is loaded stays loaded."""
+    before, _Present.folder = _Present.folder, folder
+    try:
+        yield
+    finally:
+        _Present.folder = before
+
+
+@cache
+def _shipped() -> Traversable:
+    """Inside the package when installed, beside it in a checkout."""
     checkout = Path(__file__).resolve().parents[2] / "templates"
     if (checkout / INSTANCE_TEMPLATE).is_file():
         return checkout

@@ -21,21 +21,30 @@ CHUNK = 256
 
 @lru_cache(PLANS_KEPT)
 def plan_forward(shape: Shape, size: Extents) -> ScratchPlan:
-    """Scratch of a forward call."""
+    """Scratch of a forward call, placed and proved."""
+    return prove(place(forward_buffers(shape, size), canary_bytes(shape)))
+
+
+@lru_cache(PLANS_KEPT)
+def plan_backward(shape: Shape, size: Extents, x_grad: bool, recompute: bool) -> ScratchPlan:
+    """Scratch of a backward call, placed and proved; arguments as of :func:`backward_buffers`."""
+    return prove(place(backward_buffers(shape, size, x_grad, recompute), canary_bytes(shape)))
+
+
+def forward_buffers(shape: Shape, size: Extents) -> list[Buffer]:
+    """What a forward call computes in."""
     load, gate_up, down_low, down = range(4)
-    buffers = [
+    return [
         _sums(shape, size, down),
         _panel("x_panel", shape, size, shape.hidden, load, gate_up),
         _panel("act_panel", shape, size, shape.intermediate, gate_up, down),
         *_low_rank(shape, size, {"gate.low": (load, gate_up), "up.low": (load, gate_up), "down.low": (down_low, down)}),
         *_thread_buffers(shape, size, strips=2, products=(gate_up, down), gathers=(load, load)),
     ]
-    return prove(place(buffers, canary_bytes(shape)))
 
 
-@lru_cache(PLANS_KEPT)
-def plan_backward(shape: Shape, size: Extents, x_grad: bool, recompute: bool) -> ScratchPlan:
-    """Scratch of a backward call; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
+def backward_buffers(shape: Shape, size: Extents, x_grad: bool, recompute: bool) -> list[Buffer]:
+    """Likewise of backward; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
     load, gate_up, act_grad, low_grads, last = range(5)
     strips = ceil_div(shape.intermediate, N_STRIP)
     # Of gate and up: u where it is computed again, then the gradients of u. Of down: these, then u again.
@@ -75,7 +84,7 @@ def plan_backward(shape: Shape, size: Extents, x_grad: bool, recompute: bool) ->
         buffers += [Buffer(name, group, "bfloat16", gate_up, act_grad) for name in ("gate.again", "up.again")]
     if x_grad:
         buffers.append(_sums(shape, size, last))
-    return prove(place(buffers, canary_bytes(shape)))
+    return buffers
 
 
 @dataclass(frozen=True)
