@@ -98,7 +98,8 @@ class TestOutput:
         reading, writing = os.pipe()
         os.close(reading)
         command = [sys.executable, "-m", "jitmoe", "cache", "list"]
-        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=buffered, timeout=60)
         os.close(writing)
         assert (done.returncode, done.stderr) == (1, b"")
 

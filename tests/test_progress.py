@@ -50,4 +50,5 @@ def test_a_bar_on_a_terminal_is_gone_afterwards() -> None:
     )
     shown = on_a_terminal([sys.executable, "-c", program])
     assert "[b]1" in shown and "25/25" in shown and "jitmoe:" not in shown
-    assert shown.rpartition("\x1b[2K")[2].endswith("end\r\n"), "the bar was cleared before the last line"
+    left = shown.rpartition("\x1b[2K")[2]
+    assert left.endswith("end\r\n") and left.count("\n") == 1, "the bar has left a line"
