@@ -31,7 +31,7 @@ struct Call {
   // Tensors of the caller; T tokens, S rows (kept slots), H hidden, I intermediate, r rank.
   const bf16* x;             // [T, H]
   const bf16* out_grad;      // [T, H], backward
-  const bf16* gate_weights;  // packed, see gemm.hpp
+  const bf16* gate_weights;  // packed, see gemm/interface.hpp
   const bf16* up_weights;
   const bf16* down_weights;
   const void* gate_lora_a;  // [E, r, H]
