@@ -93,7 +93,7 @@ def test_nan_in_experts_that_nobody_chose(isa: str, recompute: bool, through: st
 
 
 def padding_of(out: int, in_: int) -> Tensor:
-    """Which elements of one packed matrix [out, in] are padding: the picture in gemm.hpp, as an index formula."""
+    """Which elements of one packed matrix [out, in] are padding: the picture in gemm/interface.hpp as a formula."""
     strips, blocks = -(-out // 32), -(-in_ // 32)
     real = np.zeros((strips * 32, blocks * 32), bool)
     real[:out, :in_] = True

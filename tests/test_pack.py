@@ -31,7 +31,7 @@ def random_bits(experts: int, out: int, in_: int, seed: int = 0) -> torch.Tensor
 
 
 def packed_by_formula(matrix: torch.Tensor) -> np.ndarray:
-    """The picture in gemm.hpp as index arithmetic, for one matrix [out, in]; padding is zero."""
+    """The picture in gemm/interface.hpp as index arithmetic, for one matrix [out, in]; padding is zero."""
     out, in_ = matrix.shape
     strips, blocks = -(-out // 32), -(-in_ // 32)
     padded = np.zeros((strips * 32, blocks * 32), np.int16)

@@ -53,7 +53,7 @@ template <Shape S>
 struct GemmAmx {
   using Operand = bf16;
   using V = Simd512;
-  using Vectors = VectorBlock<14, V>;
+  using Vectors = VectorBlock<most_rows(Isa::avx512), V>;
   static constexpr int64_t kTiles = S.m_step / amx::kRows;  // of a row block, side by side
   static constexpr int64_t kStripBytes = kStrip * sizeof(float);
   static constexpr auto& outer = Vectors::outer;

@@ -1,4 +1,4 @@
-// The packed layout of gemm.hpp, written and read back: canonical [out, in] <-> strips of tiles.
+// The packed layout of gemm/interface.hpp, written and read back: canonical [out, in] <-> strips of tiles.
 #pragma once
 #include <cstring>
 
