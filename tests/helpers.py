@@ -1,5 +1,6 @@
 """Layers made from the yardstick's inputs, and comparisons of bits, for every test of the layer."""
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,12 @@ only_isa: str | None = None
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by the bytes of an element."""
+
+
+INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+GATHER = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, INT, INT, INT, POINTER, INT)
+SUM = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, INT)
+"""The callbacks that gather rows and add them to tokens, as ctypes calls them and makes them."""
 
 
 def case_named(name: str) -> Case:
@@ -139,6 +146,22 @@ def build_kernels(cases: Iterable[Case], isas: Iterable[str] | None = None) -> N
     """Compile in parallel what the calling tests would otherwise compile one by one."""
     wanted = isas_to_build() if isas is None else list(isas)
     build([config_of(case, isa) for case in cases for isa in wanted], progress=False)
+
+
+def copied(results: Results) -> Results:
+    """Copies that no later call adds to."""
+    return {name: value.clone() for name, value in results.items()}
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[int]:
+    """Calls inside the block run on ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -6,15 +6,25 @@ bugs in mutants.py bring most of them back, and each must be caught by the test 
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import NATIVE, config_of, different, launches, layer_of, same_bits, set_lora, usable_isas
+from helpers import (
+    NATIVE,
+    config_of,
+    copied,
+    different,
+    launches,
+    layer_of,
+    on_threads,
+    same_bits,
+    set_lora,
+    usable_isas,
+)
 from torch import Tensor
-from yardstick import Case, Inputs, Results, check, make_inputs, results_of_layer
+from yardstick import Case, Inputs, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
 from jitmoe.experts import workspace
@@ -43,23 +53,11 @@ def wide_layer(inputs: Inputs, isa: str = ISA, **options: bool) -> MoELayer:
     return layer_of(inputs, isa, m_step=ISAS[isa].m_steps[-1], **options)
 
 
-def copied(results: Results) -> Results:
-    return {name: value.clone() for name, value in results.items()}
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_output_doubled_where_partitions_are_summed_twice(inputs: Inputs, threads: None) -> None:
+def test_output_doubled_where_partitions_are_summed_twice(inputs: Inputs) -> None:
     """Each thread's partition of the sums was reduced once by it and once more at the end."""
     layer = wide_layer(inputs)
     for count, group_bytes in itertools.product((1, 2, 5), (GROUP_BYTES, 1)):
-        torch.set_num_threads(count)
-        with supplied(group_bytes=group_bytes), launches() as seen:
+        with on_threads(count), supplied(group_bytes=group_bytes), launches() as seen:
             check(results_of_layer(layer, inputs), inputs)
         assert all((launch.record["groups"] > 1) == (group_bytes == 1) for launch in seen)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, launches, layer_of, same_bits, usable_isas
+from helpers import EVERY_ISA, build_kernels, case_named, copied, different, launches, layer_of, same_bits, usable_isas
 from torch.utils.checkpoint import checkpoint
 from yardstick import Inputs, Results, check, make_inputs, results_of_layer
 
@@ -63,7 +63,7 @@ class Pending:
 
 def alone(layer: MoELayer, inputs: Inputs) -> Results:
     """Results of one call by itself, as copies; leaves no gradient behind."""
-    results = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    results = copied(results_of_layer(layer, inputs))
     layer.zero_grad()
     return results
 

@@ -46,32 +46,26 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     inputs = make_inputs(case)
     layer = layer_of(inputs, ISA, recompute=recompute)
     x, weights = inputs.x.to(x_dtype).requires_grad_(), inputs.weights.float().requires_grad_()
-    made: dict[int, torch.Tensor] = {}
-
-    def noted(name: str) -> Callable[..., torch.Tensor]:
-        """The supply ``name``, whose tensors go into ``made`` by their address."""
-
-        def allocate(*arguments: object) -> torch.Tensor:
-            tensor = getattr(normal, name)(*arguments)
-            made[tensor.data_ptr()] = tensor
-            return tensor
-
-        return allocate
-
-    def note(launch: Launch) -> None:
-        """What the kernels are told, and the operands there: they are gone after the pass."""
-        seen.append(launch)
-        fields = {"x", "out_grad"} if launch.pass_name == "backward" else {"x"}
-        operands.update({f"{launch.pass_name} {field}": operand_at(launch.record[field]) for field in fields})
-
-    def operand_at(address: np.int64) -> torch.Tensor:
-        bits = array_at(int(address), np.int16, tuple(inputs.x.shape)).copy()
-        return torch.from_numpy(bits).view(torch.bfloat16)
-
-    normal = supplies()
     seen: list[Launch] = []
     operands: dict[str, torch.Tensor] = {}
-    with supplied(empty=noted("empty"), zeros=noted("zeros")), changed_by(note):
+    made: dict[int, torch.Tensor] = {}
+
+    def note(launch: Launch) -> None:
+        """What the kernels are told, and copies of the operands, which are gone after the pass."""
+        seen.append(launch)
+        for field, name in (("x", "x"), ("out_grad", "out.grad")):
+            if address := int(launch.record[field]):
+                bits = array_at(address, np.int16, tuple(inputs.x.shape)).copy()
+                operands[f"{launch.pass_name} {name} operand"] = torch.from_numpy(bits).view(torch.bfloat16)
+
+    def noted(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_and_keep(*arguments: object) -> torch.Tensor:
+            tensor = allocate(*arguments)
+            return made.setdefault(tensor.data_ptr(), tensor)
+
+        return allocate_and_keep
+
+    with supplied(empty=noted(supplies().empty), zeros=noted(supplies().zeros)), changed_by(note):
         out = layer(x, inputs.topk_ids, weights)
         node = node_of(out)
         saved, route = node.saved_tensors, node.call.route
@@ -81,18 +75,17 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= {"weights.grad": weights.grad, "out.grad": inputs.dout.to(x_dtype)}
     found |= dict(layer.named_parameters()) | dict(layer.named_buffers())
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
-    backward = seen[1].record
-    found |= {f"new {name}.grad": made[int(backward[f"{name.replace('_lora_', '.')}_grad"])] for name in LORA_NAMES}
+    for name in LORA_NAMES:
+        found[f"new {name}.grad"] = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
     found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot")}
     names = [s.name for s in node.call.saved()]
     found |= dict(zip(names, saved[2 + len(LORA_NAMES) :], strict=True))
     found |= {f"{launch.pass_name} row_weight": torch.from_numpy(launch.row_weight) for launch in seen}
-    if x_dtype == torch.float32:
-        found |= {f"{launch.pass_name} x operand": operands[f"{launch.pass_name} x"] for launch in seen}
-        found["out.grad operand"] = operands["backward out_grad"]
+    operands["out.grad operand"] = operands.pop("backward out.grad operand")
     for name, operand in operands.items():
-        assert same_bits(operand, inputs.dout if "grad" in name else x.bfloat16()), name
-        assert all((launch.record["x"] != x.data_ptr()) == (x_dtype == torch.float32) for launch in seen)
+        assert same_bits(operand, inputs.dout if "out.grad" in name else inputs.x.bfloat16()), name
+    assert {int(launch.record["x"]) == x.data_ptr() for launch in seen} == {x_dtype == torch.bfloat16}
+    found |= operands if x_dtype == torch.float32 else {}
     if lora_dtype == torch.bfloat16:
         found |= {f"new {name}.grad, cast": parameter.grad for name, parameter in layer.named_parameters()}
 

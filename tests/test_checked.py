@@ -15,12 +15,16 @@ import pytest
 import torch
 from helpers import (
     EVERY_ISA,
+    GATHER,
+    SUM,
     case_named,
     config_of,
+    copied,
     different,
     isas_to_build,
     launches,
     layer_of,
+    on_threads,
     placed_by,
     usable_isas,
 )
@@ -81,18 +85,14 @@ def use_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with on_threads(request.param) as count:
+        yield count
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(1):
+        yield
 
 
 def inputs_of(case: Case) -> Inputs:
@@ -113,7 +113,7 @@ def both(inputs: Inputs, run: Callable[[MoELayer, Inputs], Results], isa: str = 
             patch.setenv("JITMOE_CHECKED", value)
             with supplied(load=lambda shape, into=loaded: into.append(shape) or kernels.load(shape)):
                 found = run(layer_of(inputs, isa, **options_of(isa), **options), inputs)
-            results.append({name: tensor.clone() for name, tensor in found.items()})
+            results.append(copied(found))
         assert {shape.watch for shape in loaded} == {watch}
     return results
 
@@ -199,7 +199,7 @@ def test_every_life_shorter_by_a_step_is_caught(
     layer = layer_of(inputs, ISA, recompute=recompute, **options_of(ISA))
     planner = Planner(pass_name)
     with planner.planning():
-        expected = {key: value.clone() for key, value in results_of_layer(layer, inputs).items()}
+        expected = copied(results_of_layer(layer, inputs))
         seeded = [life for buffer in planner.buffers for life in changed_lives(buffer)]
         assert len(seeded) >= 10
         for life in seeded:
@@ -265,16 +265,14 @@ def test_the_report_is_the_same_on_many_threads(use_checked: None) -> None:
     inputs = make_inputs(SMALL)
     layer = layer_of(inputs, ISA, **options_of(ISA))
     planner = Planner("forward")
-    before, reports = torch.get_num_threads(), set()
+    reports = set()
     with planner.planning():
         results_of_layer(layer, inputs)
         planner.exchanged = next(replace(b, last=b.first) for b in planner.buffers if b.name == "act_panel")
         for threads in (1, 2, 3, 3, 3):
-            torch.set_num_threads(threads)
-            with pytest.raises(PlanError) as caught:
+            with on_threads(threads), pytest.raises(PlanError) as caught:
                 results_of_layer(layer, inputs)
             reports.add(re.sub(r"\d+", "", str(caught.value)))  # thread buffers grow with the threads
-    torch.set_num_threads(before)
     assert len(reports) == 1
 
 
@@ -365,16 +363,6 @@ def drive(
             driver.leave(call)
 
 
-GATHER = ctypes.CFUNCTYPE(
-    None, *[ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int64]
-)
-SUM = ctypes.CFUNCTYPE(
-    None,
-    *[ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4],
-    *[ctypes.c_void_p, ctypes.c_int64],
-)
-
-
 def address_of(callback: ctypes._CFuncPtr) -> int:
     return ctypes.cast(callback, ctypes.c_void_p).value
 
@@ -443,7 +431,7 @@ def test_other_instances_have_the_machine_code_they_had_without(tmp_path: Path) 
         body = rf"(\b{name}\([^{{]*\{{\n)  if constexpr \(S\.watch == Watch::memory\) {{\n.*?\n  }}\n"
         text, count = re.subn(body, r"\1", text, count=1, flags=re.DOTALL)
         assert count == 1, name
-    header.write_text(re.sub(r"\b(const Call&|Access|AnyStep) (call|access|step)\b", r"\1", text), encoding="utf-8")
+    header.write_text(text, encoding="utf-8")
     shape = shape_of(SMALL)
     whole = machine_code(ensure(render(shape)))
     with templates_from(folder):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, launches, layer_of, same_bits, usable_isas
+from helpers import EVERY_ISA, build_kernels, case_named, copied, different, launches, layer_of, same_bits, usable_isas
 from torch import Tensor
 from yardstick import Inputs, check, make_inputs, results_of_layer
 
@@ -95,8 +95,8 @@ REFUSED: dict[str, tuple[str, Callable[[Inputs], object], type[Exception], str]]
 @pytest.mark.parametrize("fault", REFUSED)
 def test_refused_by_name_and_clean(layer: MoELayer, inputs: Inputs, fault: str) -> None:
     """Before any kernel runs; parameters, gradients and the next call are as if it had not happened."""
-    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
-    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = copied(results_of_layer(layer, inputs))
+    state = copied(layer.state_dict())
     name, make, error, words = REFUSED[fault]
     arguments = {"x": inputs.x, "topk_ids": inputs.topk_ids, "weights": inputs.weights, name: make(inputs)}
     with launches() as seen, pytest.raises(error, match=words) as refused:
@@ -165,7 +165,7 @@ def test_expanded_inputs(layer: MoELayer, inputs: Inputs) -> None:
 
 def test_inputs_are_not_written_to(layer: MoELayer, inputs: Inputs) -> None:
     before = {name: getattr(inputs, name).clone() for name in ("x", "topk_ids", "weights", "dout")}
-    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    state = copied(layer.state_dict())
     x, weights = inputs.x.requires_grad_(), inputs.weights.requires_grad_()
     layer(x, inputs.topk_ids, weights).backward(inputs.dout)
     assert different({name: getattr(inputs, name) for name in before}, before) == []
@@ -228,7 +228,7 @@ class TestOddRoutingWeights:
     @pytest.mark.parametrize("factor", [-1.0, 2.0**40, -(2.0**-40)])
     def test_powers_of_two_scale_exactly(self, isa: str, inputs: Inputs, factor: float) -> None:
         layer = layer_of(inputs, isa)
-        plain = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+        plain = copied(results_of_layer(layer, inputs))
         scaled = results_of_layer(layer, replace(inputs, weights=inputs.weights * factor))
         assert torch.equal(scaled["out"].float(), plain["out"].float() * factor)
         assert same_bits(scaled["weights"], plain["weights"]), "the gradient of a weight does not depend on it"

@@ -16,6 +16,7 @@ from helpers import (
     EVERY_ISA,
     build_kernels,
     case_named,
+    copied,
     different,
     layer_of,
     placed_by,
@@ -120,7 +121,7 @@ def test_no_byte_beyond_any_tensor_is_touched(isa: str, case: Case, recompute: b
     """
     inputs = make_inputs(case)
     layer = layer_of(inputs, isa, recompute=recompute)
-    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    expected = copied(results_of_layer(layer, inputs))
     layer.zero_grad()
 
     fences = Fences(at_end)
@@ -174,7 +175,7 @@ def test_no_byte_beyond_any_buffer_of_scratch_is_touched(isa: str, case: Case, r
     """On one thread, so that what belongs to it ends with its buffer. Ends the process as the test above does."""
     inputs = make_inputs(case)
     layer = layer_of(inputs, isa, recompute=recompute)
-    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    expected = copied(results_of_layer(layer, inputs))
     fenced = FencedBuffers()
     with placed_by(fenced.place), supplied(arenas=fenced), observing(OneThread()):
         assert different(results_of_layer(layer, inputs), expected) == []
@@ -306,7 +307,7 @@ def test_interrupted_at_every_phase(
 ) -> None:
     """Clean: no gradient half accumulated, nothing leaked, the next call right."""
     workspace.arenas.release()
-    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    expected = copied(results_of_layer(layer, inputs))
     state, held = snapshot(layer), workspace.arenas.held_bytes()
     assert held > 0
     interrupted = 0
@@ -333,7 +334,7 @@ def test_interrupted_at_every_phase(
 @pytest.mark.parametrize("name", ["empty", "zeros"])
 def test_torch_has_no_memory_for_its_part(layer: MoELayer, inputs: Inputs, name: str) -> None:
     """The n-th allocation of results and gradients is refused, for every n: torch's RuntimeError is a MemoryError."""
-    expected = {key: value.clone() for key, value in results_of_layer(layer, inputs).items()}
+    expected = copied(results_of_layer(layer, inputs))
     state = snapshot(layer)
     refusal = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
     refused = 0

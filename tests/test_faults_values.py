@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, same_bits
+from helpers import EVERY_ISA, build_kernels, case_named, copied, different, layer_of, on_threads, same_bits
 from torch import Tensor
-from yardstick import Case, Results, check, make_inputs, results_of_layer
+from yardstick import Case, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
 from jitmoe.experts import workspace
@@ -28,10 +28,6 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_built() -> None:
     build_kernels([*CASES, NO_LORA])
-
-
-def copied(results: Results) -> Results:
-    return {name: value.clone() for name, value in results.items()}
 
 
 @EVERY_ISA
@@ -231,19 +227,16 @@ class TestExtremes:
         # Activations near 2^-120: many of their products with weights are denormal, their sums are not.
         tiny = replace(inputs, x=(inputs.x.double() * 2.0**-60).bfloat16())
         layer = layer_of(inputs, isa)
-        threads = torch.get_num_threads()
-        try:
-            expected = copied(results_of_layer(layer, tiny))
-            assert expected["out"].count_nonzero() > 0.9 * expected["out"].numel()
-            found = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
+        expected = copied(results_of_layer(layer, tiny))
+        assert expected["out"].count_nonzero() > 0.9 * expected["out"].numel()
+        found = []
+        for count in (1, 2, 3):
+            with on_threads(count):
                 torch.set_flush_denormal(True)
-                found.append(copied(results_of_layer(layer, tiny)))
-                torch.set_flush_denormal(False)
-        finally:
-            torch.set_flush_denormal(False)
-            torch.set_num_threads(threads)
+                try:
+                    found.append(copied(results_of_layer(layer, tiny)))
+                finally:
+                    torch.set_flush_denormal(False)
         assert [different(results, expected) for results in found] == [[], [], []]
 
 

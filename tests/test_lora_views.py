@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, changed_by, different, layer_of, same_bits, usable_isas
+from helpers import (
+    EVERY_ISA,
+    build_kernels,
+    case_named,
+    changed_by,
+    copied,
+    different,
+    layer_of,
+    same_bits,
+    usable_isas,
+)
 from torch import Tensor
 from yardstick import Case, Inputs, make_inputs, results_of_layer
 
@@ -70,7 +80,7 @@ def absent_expert(inputs: Inputs) -> Inputs:
 
 def check_values(isa: str, case: Case, layout: Layout) -> None:
     inputs = make_inputs(case)
-    expected = {name: value.clone() for name, value in results_of_layer(layer_of(inputs, isa), inputs).items()}
+    expected = copied(results_of_layer(layer_of(inputs, isa), inputs))
     layer = with_views(layer_of(inputs, isa), layout)
     strides = {name: layer.get_parameter(name).stride() for name in LORA_NAMES}
     x, weights = inputs.x.clone().requires_grad_(), inputs.weights.clone().requires_grad_()
@@ -99,7 +109,7 @@ def check_gradients(isa: str, case: Case, layout: Layout, cut: bool) -> None:
                     launch.record[f"{field}.{axis}"] = stride
 
     with supplied(group_bytes=1) if cut else nullcontext():
-        expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+        expected = copied(results_of_layer(layer, inputs))
         with changed_by(redirect):
             results_of_layer(layer, inputs)
     for name, view in views.items():
@@ -130,7 +140,7 @@ def test_one_a_for_gate_and_up() -> None:
     assert inputs.lora
     inputs = replace(inputs, lora=inputs.lora._replace(up_lora_a=inputs.lora.gate_lora_a))
     layer = layer_of(inputs, usable_isas()[0])
-    expected = {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    expected = copied(results_of_layer(layer, inputs))
 
     def share(launch: Launch) -> None:
         launch.record["up.a"] = launch.record["gate.a"]

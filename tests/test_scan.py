@@ -159,7 +159,7 @@ def test_pieces_add_up_to_the_whole(seed: int, transposed: bool) -> None:
     for value in (np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-42):
         matrix[tuple(generator.integers(matrix.shape))] = value
     pieces = [(row, column) for row in range(0, 11, 4) for column in range(0, 13, 5)]
-    record = jitmoe.scan.empty_records(1)
+    record = jitmoe.host.scan.empty_records(1)
     for row, column in generator.permutation(pieces).tolist():
         piece = matrix[row : row + 4, column : column + 5]
         around = np.full((8, 8), np.nan, np.float32)

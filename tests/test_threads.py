@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EVERY_ISA, build_kernels, case_named, different, layer_of, run_python, same_bits, usable_isas
+from helpers import (
+    EVERY_ISA,
+    GATHER,
+    SUM,
+    build_kernels,
+    case_named,
+    copied,
+    different,
+    layer_of,
+    run_python,
+    same_bits,
+    usable_isas,
+)
 from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
@@ -39,7 +51,7 @@ def threads_as_before() -> Iterator[None]:
 
 def results_with(threads: int, layer: MoELayer, inputs: Inputs) -> Results:
     torch.set_num_threads(threads)
-    return {name: value.clone() for name, value in results_of_layer(layer, inputs).items()}
+    return copied(results_of_layer(layer, inputs))
 
 
 @EVERY_ISA
@@ -194,11 +206,6 @@ class Meeting:
             self.scratch[thread] = arguments[self.scratch_argument]
             self.barrier.wait(60)
         self.function(*arguments)
-
-
-INT, POINTER = ctypes.c_int64, ctypes.c_void_p
-GATHER = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, INT, INT, INT, POINTER, INT)
-SUM = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, INT)
 
 
 def test_two_threads_at_work_have_scratch_of_their_own() -> None:

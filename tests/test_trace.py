@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ISA, case_named, changed_by, config_of, different, layer_of, usable_isas
+from helpers import EVERY_ISA, case_named, changed_by, config_of, copied, different, layer_of, usable_isas
 from mutation import Mutant, broken_templates
 from test_faults_values import NAN_BITS, poison_padding
 from torch import Tensor
-from yardstick import Case, Inputs, Results, make_inputs, results_of_layer
+from yardstick import Case, Inputs, make_inputs, results_of_layer
 
 import jitmoe
 from jitmoe import MoELayer
@@ -48,10 +48,6 @@ def kernels_are_built() -> None:
 @pytest.fixture
 def inputs() -> Inputs:
     return make_inputs(RAGGED)
-
-
-def copied(results: Results) -> Results:
-    return {name: value.clone() for name, value in results.items()}
 
 
 def traced(layer: MoELayer, inputs: Inputs) -> Report:

@@ -1,4 +1,4 @@
-"""The named edge shapes and their inputs, and the error rule of jitmoe.yardstick as an assertion."""
+"""The named edge shapes and their inputs, and the error rule of jitmoe.oracle.yardstick as an assertion."""
 
 import functools
 import math

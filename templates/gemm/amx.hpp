@@ -218,6 +218,14 @@ struct GemmAmx {
       for (int64_t i = 0; i < 16; ++i)
         row[i] = i < ranks ? load_rounded(corner + i * lora.rank_stride, ks) : V::zero_bits();
       V::transpose(row);
+    } else if (lora.rank_stride != 1) {  // neighbours on neither axis
+      for (int64_t i = 0; i < 16; ++i) {
+        typename LoraView<S.lora_bf16>::Element values[kKStep];
+        for (int64_t c = 0; i < ranks && c < ks; ++c)
+          values[c] = corner[c * lora.k_stride + i * lora.rank_stride];
+        row[i] = i < ranks ? load_rounded(values, ks) : V::zero_bits();
+      }
+      V::transpose(row);
     } else {
       for (int64_t i = 0; i < 16; ++i)
         row[i] = interleave(load_half(corner + 2 * i * lora.k_stride, 2 * i < ks ? ranks : 0),
