@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import jitmoe.jit.kernels  # noqa: F401  its checks belong to what this machine can execute
 from jitmoe.config import MoEConfig
 from jitmoe.experts import observer
 from jitmoe.experts.workspace import release_memory
-from jitmoe.jit.build import build
+from jitmoe.jit.warm import build
 from jitmoe.memory.plan import MemoryPlan
+from jitmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from jitmoe.experts.layer import MoELayer
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from jitmoe.inspect.tracing import trace
 
 __all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "release_memory", "safetensors_source", "trace"]
-__version__ = "0.1.0"
 
 _LAZY = {
     "MoELayer": "jitmoe.experts.layer",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jitmoe.jit import cpu, toolchain
+from jitmoe.jit import capability, toolchain
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -45,7 +45,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def skip_unless_usable(isa: str) -> None:
     """Skip the calling test, with the reason, where this machine cannot execute ``isa``."""
-    found = next(capability for capability in cpu.capabilities() if capability.isa == isa)
+    found = next(entry for entry in capability.capabilities() if entry.isa == isa)
     if not found.usable:
         pytest.skip(f"{isa}: {found.reason}")
 

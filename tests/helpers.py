@@ -16,7 +16,7 @@ from jitmoe import MoEConfig, MoELayer, build
 from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.experts.supplies import supplied
 from jitmoe.isa import ISAS
-from jitmoe.jit import cpu
+from jitmoe.jit import capability
 from jitmoe.plan.placement import Buffer, ScratchPlan
 from jitmoe.plan.scratch import backward_buffers, canary_bytes, forward_buffers
 from jitmoe.plan.shapes import Shape
@@ -47,7 +47,7 @@ def case_named(name: str) -> Case:
 
 
 def usable_isas() -> list[str]:
-    return [found.isa for found in cpu.capabilities() if found.usable and found.isa in NATIVE]
+    return [found.isa for found in capability.capabilities() if found.usable and found.isa in NATIVE]
 
 
 def isas_to_build() -> list[str]:

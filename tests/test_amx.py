@@ -24,7 +24,7 @@ from yardstick import CASES, Case, check, make_inputs, results_of_layer
 
 from jitmoe import build
 from jitmoe.isa import EMULATED_FEATURES, ISAS
-from jitmoe.jit import cpu, emulator, kernels, toolchain
+from jitmoe.jit import capability, cpu, emulator, programs, toolchain
 from jitmoe.jit.build import ensure
 from jitmoe.jit.render import read_program
 from jitmoe.plan import shapes
@@ -67,7 +67,7 @@ def check_cell(case: Case, m_step: int, isa: str = "amx") -> None:
     results = results_of_layer(layer_of(inputs, isa, m_step=m_step), inputs)
     counts = emulator.counts()
     executed = counts.tdpbf16ps if isa == "amx" else counts.avx512_bf16
-    assert executed or cpu.describe(isa) == isa, f"no instruction of {isa} was emulated"
+    assert executed or capability.describe(isa) == isa, f"no instruction of {isa} was emulated"
     check(results, inputs)
 
 
@@ -220,7 +220,7 @@ def check_few_rows() -> None:
         assert (shape.isa, shape.m_step) == expected
         emulator.reset_counts()
         results = results_of_layer(layer, inputs)
-        assert (emulator.counts().products > 0) == (shape.isa == "amx") or cpu.describe("amx") == "amx"
+        assert (emulator.counts().products > 0) == (shape.isa == "amx") or capability.describe("amx") == "amx"
         check(results, inputs)
 
 
@@ -242,7 +242,7 @@ def test_gradients_of_any_strides(emulated: Emulated, layout: test_lora_views.La
 def reports() -> tuple[str, str, str]:
     layer = layer_of(make_inputs(TAILS), "amx", m_step=32)
     report = build(layer.config, progress=False)
-    found = next(capability for capability in cpu.capabilities() if capability.isa == "amx")
+    found = next(entry for entry in capability.capabilities() if entry.isa == "amx")
     return str(report), repr(layer), found.reason
 
 
@@ -255,12 +255,12 @@ def test_reports_say_emulated(emulated: Emulated) -> None:
 
 
 def tile_test() -> str | None:
-    return kernels.tile_test_fault(ctypes.CDLL(str(ensure(read_program("probe", "amx")))).jitmoe_test_tiles())
+    return programs.tile_test_fault(ctypes.CDLL(str(ensure(read_program("probe", "amx")))).jitmoe_test_tiles())
 
 
 def check_named_emulator(path: Path) -> None:
     os.environ["JITMOE_EMULATE"] = str(path)
-    assert f"emulated (JITMOE_EMULATE={path})" in next(c.reason for c in cpu.capabilities() if c.isa == "amx")
+    assert f"emulated (JITMOE_EMULATE={path})" in next(c.reason for c in capability.capabilities() if c.isa == "amx")
     check_cell(TAILS, 32)
 
 
@@ -268,7 +268,7 @@ def check_named_emulator(path: Path) -> None:
 def test_another_emulator_can_be_named() -> None:
     process = Emulated()
     try:
-        process(check_named_emulator, kernels.emulator().path)
+        process(check_named_emulator, programs.emulator().path)
     finally:
         process.close()
 

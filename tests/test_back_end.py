@@ -14,7 +14,7 @@ from helpers import EVERY_ISA
 
 from jitmoe.errors import BuildError
 from jitmoe.isa import EMULATED_FEATURES, ISAS
-from jitmoe.jit import cpu, toolchain
+from jitmoe.jit import capability, cpu, toolchain
 from jitmoe.jit.render import template_dir
 from jitmoe.plan import shapes
 
@@ -106,7 +106,7 @@ def test_sums_start_on_amx(tmp_path: Path) -> None:
 
 
 def check_sums_emulated(m_step: int, folder: Path) -> None:
-    cpu.resolve_isa("amx")  # installs the emulator
+    capability.resolve_isa("amx")  # installs the emulator
     check_sums("amx", m_step, folder)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError, CacheSecurityError
-from jitmoe.jit import abi, build, cache, render, toolchain
+from jitmoe.jit import abi, build, cache, render, toolchain, warm
 from jitmoe.jit.render import Instance
 from jitmoe.plan.shapes import Shape
 
@@ -83,7 +83,7 @@ class TestBuild:
     def test_configs_become_a_report_without_duplicates(self, capfd):
         config = MoEConfig(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2, isa="ref")
         forced = replace(config, m_step=4)
-        report = build.build([config, forced])
+        report = warm.build([config, forced])
         assert [(kernel.isa, kernel.m_step) for kernel in report.kernels] == [("ref", 4), ("ref", 14)]
         lines = str(report).splitlines()
         assert lines[0].split() == ["kernel", "isa", "M_STEP", "status", "seconds", "library"]
@@ -91,12 +91,12 @@ class TestBuild:
             ["ref_h64_i32_r32_m4_f32", "ref", "4"],
             ["ref_h64_i32_r32_m14_f32", "ref", "14"],
         ]
-        assert build.build(forced, progress=False).kernels[0].key == report.kernels[0].key
+        assert warm.build(forced, progress=False).kernels[0].key == report.kernels[0].key
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 2 and said[-1].startswith("jitmoe: kernel 2/2 ref_h64_i32_r32_m")
 
     def test_nothing_to_build(self):
-        assert build.build([]).kernels == ()
+        assert warm.build([]).kernels == ()
 
 
 class TestKey:

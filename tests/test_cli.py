@@ -13,7 +13,7 @@ from helpers import run_python
 from jitmoe import settings
 from jitmoe.cli import doctor, main, options
 from jitmoe.config import ISAS, LORA_DTYPES
-from jitmoe.jit import cache, cpu
+from jitmoe.jit import cache, capability
 from jitmoe.jit.render import Instance, render
 from jitmoe.plan.shapes import Shape
 
@@ -144,9 +144,9 @@ class TestDoctor:
         assert (status, err) == (0, "")
         rows = {line.split()[0]: line for line in out.splitlines() if line}
         assert {"torch", "numba", "cpu", "isa", "threads", "cache", "compiler", "openmp"} <= set(rows)
-        for capability in cpu.capabilities():
-            assert rows[capability.isa].split()[1] == ("yes" if capability.usable else "no")
-            assert capability.reason in rows[capability.isa]
+        for found in capability.capabilities():
+            assert rows[found.isa].split()[1] == ("yes" if found.usable else "no")
+            assert found.reason in rows[found.isa]
         assert f"{cold_cache}, writable, 0 kernels" in rows["cache"]
         assert out.endswith("everything that jitmoe needs is here\n")
 

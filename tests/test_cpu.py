@@ -9,7 +9,7 @@ import pytest
 
 from jitmoe.errors import IsaError
 from jitmoe.isa import ISAS
-from jitmoe.jit import cpu, kernels
+from jitmoe.jit import capability, cpu, kernels, programs
 from jitmoe.plan.shapes import Shape
 
 AVX512 = frozenset(ISAS["avx512"].features)
@@ -22,61 +22,61 @@ def pretend(monkeypatch):
     def make(features):
         found = cpu.Cpu("Pretended CPU", frozenset(features))
         monkeypatch.setattr(cpu, "detect", lambda: found)
-        cpu._report_fallback.cache_clear()
+        capability._report_fallback.cache_clear()
 
     monkeypatch.delenv("JITMOE_EMULATE", raising=False)
     yield make
-    cpu._report_fallback.cache_clear()
+    capability._report_fallback.cache_clear()
 
 
 def test_detect_describes_this_machine():
     found = cpu.detect()
     assert found.model
-    assert any(capability.usable for capability in cpu.capabilities())
+    assert any(found.usable for found in capability.capabilities())
 
 
 @pytest.mark.parametrize("missing", sorted(AVX512))
 def test_auto_leaves_avx512_when_one_feature_is_missing(pretend, missing):
     pretend(AVX512 - {missing})
-    assert cpu.resolve_isa("auto") == next(isa for isa in ISAS if missing not in ISAS[isa].features)
+    assert capability.resolve_isa("auto") == next(isa for isa in ISAS if missing not in ISAS[isa].features)
     with pytest.raises(IsaError, match=f"does not offer .*{missing}"):
-        cpu.resolve_isa("avx512")
+        capability.resolve_isa("avx512")
 
 
 def test_auto_takes_the_best_set_that_has_kernels(pretend):
     pretend(AVX512)
-    assert cpu.resolve_isa("auto") == "avx512"
+    assert capability.resolve_isa("auto") == "avx512"
 
 
 @pytest.mark.parametrize(
     "fault",
     [
         "CPUID reports no palette of tiles",
-        kernels.tile_permission_fault(errno.ENOSPC),
-        kernels.tile_permission_fault(errno.EPERM),
-        kernels.tile_test_fault(signal.SIGILL),
-        kernels.tile_test_fault(-1),
+        programs.tile_permission_fault(errno.ENOSPC),
+        programs.tile_permission_fault(errno.EPERM),
+        programs.tile_test_fault(signal.SIGILL),
+        programs.tile_test_fault(-1),
     ],
 )
 def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
     pretend(ISAS["amx"].features)
-    monkeypatch.setitem(cpu.CHECKS, "amx", lambda: fault)
+    monkeypatch.setattr(programs, "check_tiles", lambda: fault)
     with caplog.at_level(logging.INFO, logger="jitmoe"):
-        assert {cpu.resolve_isa("auto") for _ in range(3)} == {"avx512_bf16"}
+        assert {capability.resolve_isa("auto") for _ in range(3)} == {"avx512_bf16"}
     assert [record.getMessage() for record in caplog.records] == [f"using avx512_bf16: amx cannot be used ({fault})"]
     with pytest.raises(IsaError, match="isa='amx' cannot be used: " + re.escape(fault)):
-        cpu.resolve_isa("amx")
+        capability.resolve_isa("amx")
 
 
 def test_all_checks_passed(pretend, monkeypatch):
     pretend(ISAS["amx"].features)
-    monkeypatch.setitem(cpu.CHECKS, "amx", lambda: None)
-    assert cpu.resolve_isa("auto") == cpu.describe("amx") == "amx"
+    monkeypatch.setattr(programs, "check_tiles", lambda: None)
+    assert capability.resolve_isa("auto") == capability.describe("amx") == "amx"
 
 
 def test_a_small_signal_stack_is_named():
-    assert "sigaltstack" in kernels.tile_permission_fault(errno.ENOSPC)
-    assert kernels.tile_permission_fault(0) is None and kernels.tile_test_fault(0) is None
+    assert "sigaltstack" in programs.tile_permission_fault(errno.ENOSPC)
+    assert programs.tile_permission_fault(0) is None and programs.tile_test_fault(0) is None
 
 
 @pytest.mark.skipif(not cpu.missing_features("amx", cpu.detect()), reason="this CPU has AMX")
@@ -84,7 +84,7 @@ def test_amx_that_only_the_feature_bits_promise(pretend):
     """The real check, on a CPU without tiles."""
     pretend(ISAS["amx"].features)
     with pytest.raises(IsaError, match="isa='amx' cannot be used: CPUID reports no palette of tiles"):
-        cpu.resolve_isa("amx")
+        capability.resolve_isa("amx")
 
 
 @pytest.mark.isa("avx2")
@@ -99,59 +99,59 @@ class TestEmulation:
 
     @pytest.fixture(autouse=True)
     def no_handler(self, monkeypatch):
-        monkeypatch.setitem(cpu.CHECKS, "emulator", lambda: None)
+        monkeypatch.setattr(programs, "install_emulator", lambda _: None)
 
     def test_emulated_features_count_as_there(self, pretend, monkeypatch):
         pretend(AVX512)
         monkeypatch.setenv("JITMOE_EMULATE", "1")
-        found = {capability.isa: capability for capability in cpu.capabilities()}
+        found = {entry.isa: entry for entry in capability.capabilities()}
         for isa in ("amx", "avx512_bf16"):
             assert found[isa].usable and found[isa].emulated
             assert found[isa].reason.startswith("emulated (JITMOE_EMULATE=1)")
-            assert cpu.describe(isa) == f"{isa} (emulated)"
-        assert cpu.describe("avx512") == "avx512"
-        assert cpu.resolve_isa("auto") == "amx"
+            assert capability.describe(isa) == f"{isa} (emulated)"
+        assert capability.describe("avx512") == "avx512"
+        assert capability.resolve_isa("auto") == "amx"
 
     def test_what_the_cpu_has_is_not_emulated(self, pretend, monkeypatch):
         pretend(ISAS["avx512_bf16"].features)
         monkeypatch.setenv("JITMOE_EMULATE", "1")
-        assert cpu.describe("avx512_bf16") == "avx512_bf16"
+        assert capability.describe("avx512_bf16") == "avx512_bf16"
 
     def test_amx_that_the_kernel_refuses_is_emulated(self, pretend, monkeypatch):
         pretend(ISAS["amx"].features)
-        monkeypatch.setitem(cpu.CHECKS, "amx", lambda: kernels.tile_permission_fault(errno.ENOSPC))
+        monkeypatch.setattr(programs, "check_tiles", lambda: programs.tile_permission_fault(errno.ENOSPC))
         monkeypatch.setenv("JITMOE_EMULATE", "1")
-        assert cpu.describe("amx") == "amx (emulated)"
+        assert capability.describe("amx") == "amx (emulated)"
 
     @pytest.mark.parametrize("features", [(), ISAS["avx2"].features])
     def test_vectors_are_not_emulated(self, pretend, monkeypatch, features):
         pretend(features)
         monkeypatch.setenv("JITMOE_EMULATE", "1")
-        assert not any(capability.emulated for capability in cpu.capabilities())
+        assert not any(found.emulated for found in capability.capabilities())
 
     @pytest.mark.parametrize("off", ["", "0"])
     def test_off(self, pretend, monkeypatch, off):
         pretend(AVX512)
         monkeypatch.setenv("JITMOE_EMULATE", off)
         with pytest.raises(IsaError, match="does not offer avx512bf16"):
-            cpu.resolve_isa("avx512_bf16")
+            capability.resolve_isa("avx512_bf16")
 
     def test_another_emulator_that_is_not_there(self, pretend, monkeypatch, tmp_path):
         monkeypatch.undo()
         pretend(AVX512)
         monkeypatch.setenv("JITMOE_EMULATE", str(tmp_path / "missing.so"))
         with pytest.raises(IsaError, match=r"does not offer .*, and the emulator .*missing.so cannot be loaded"):
-            cpu.resolve_isa("amx")
-        assert cpu.resolve_isa("auto") == "avx512"
+            capability.resolve_isa("amx")
+        assert capability.resolve_isa("auto") == "avx512"
 
 
 def test_a_cpu_without_vectors_runs_the_reference(pretend):
     pretend(())
-    assert [c.isa for c in cpu.capabilities() if c.usable] == ["ref"]
-    assert cpu.resolve_isa("auto") == "ref"
-    assert cpu.resolve_isa("ref") == "ref"
+    assert [c.isa for c in capability.capabilities() if c.usable] == ["ref"]
+    assert capability.resolve_isa("auto") == "ref"
+    assert capability.resolve_isa("ref") == "ref"
 
 
 def test_an_unknown_set_is_refused():
     with pytest.raises(IsaError, match="unknown instruction set 'sse9'; known are auto"):
-        cpu.resolve_isa("sse9")
+        capability.resolve_isa("sse9")

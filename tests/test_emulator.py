@@ -19,7 +19,7 @@ import pytest
 from emulator_model import INDEFINITE, SIGNS, Array, RefusedError, Tiles, convert, fma, is_nan, masked, vdpbf16ps
 
 from jitmoe.errors import IsaError
-from jitmoe.jit import emulator, kernels, toolchain
+from jitmoe.jit import emulator, programs, toolchain
 
 DRIVER = Path(__file__).with_name("emulator_driver.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
@@ -210,7 +210,7 @@ class Machine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.emulator_path = kernels.emulator().path
+        self.emulator_path = programs.emulator().path
         self.emulator = ctypes.CDLL(str(self.emulator_path))
         self.driver = ctypes.CDLL(str(path))
         for name in ("driver_run", "driver_last_error"):
@@ -974,9 +974,9 @@ def test_install_again_is_the_same(machine: Machine) -> None:
 
 def test_library_without_an_emulator_is_refused(machine: Machine, tmp_path: Path) -> None:
     with pytest.raises(IsaError, match="does not export jitmoe_emulator_install"):
-        kernels.EmulatorLibrary(machine.path)
+        programs.EmulatorLibrary(machine.path)
     with pytest.raises(IsaError, match="cannot be loaded"):
-        kernels.EmulatorLibrary(tmp_path / "missing.so")
+        programs.EmulatorLibrary(tmp_path / "missing.so")
 
 
 PROLOGUE = """

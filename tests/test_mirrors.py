@@ -10,11 +10,11 @@ import pytest
 from helpers import any_shape
 from test_toolchain import compile_text
 
-from jitmoe.config import ISAS
 from jitmoe.errors import KernelError
 from jitmoe.host import scan, tokens
 from jitmoe.inspect import checked
-from jitmoe.jit import abi, kernels
+from jitmoe.isa import ISAS
+from jitmoe.jit import abi, programs
 from jitmoe.jit.render import template_dir
 from jitmoe.plan import placement, scratch, shapes
 from jitmoe.plan.groups import Extents, plan_groups
@@ -167,6 +167,7 @@ def test_a_callback_takes_what_the_kernels_give(callback: str, signature: str, f
 
 NUMBERS = """
 #include "gemm/pack.hpp"
+#include "gemm/tuning.hpp"
 #include "watch/checked.hpp"
 #include "watch/traced.hpp"
 using namespace jitmoe;
@@ -223,8 +224,8 @@ def test_packed_elements(out: int, in_: int, numbers: Callable[..., int]) -> Non
 def test_every_register_block_is_allowed_by_the_header(tmp_path_factory: pytest.TempPathFactory) -> None:
     checks = "".join(
         f"  check_shape<Shape{{.isa = Isa::{isa}, .hidden = 1, .intermediate = 1, .m_step = {step}}}>();\n"
-        for isa, steps in shapes.M_STEPS.items()
-        for step in steps
+        for isa, found in ISAS.items()
+        for step in found.m_steps
     )
     text = f'#include "shape.hpp"\nusing namespace jitmoe;\nextern "C" int checked() {{\n{checks}  return 1;\n}}\n'
     assert compile_text(tmp_path_factory.mktemp("checks"), text, include=TEMPLATES).checked() == 1
@@ -233,6 +234,6 @@ def test_every_register_block_is_allowed_by_the_header(tmp_path_factory: pytest.
 def test_verdicts_of_the_probe() -> None:
     found = re.search(r"kWrong = (-\d+), kNoProcess = (-\d+)", header("tools/probe.cpp"))
     assert found
-    wrong, no_process = (kernels.tile_test_fault(int(number)) for number in found.groups())
+    wrong, no_process = (programs.tile_test_fault(int(number)) for number in found.groups())
     assert wrong and "wrong product" in wrong
     assert no_process and "no process" in no_process

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from jitmoe.experts import workspace
-from jitmoe.jit import cpu, kernels
+from jitmoe.jit import capability, cpu, programs
 from jitmoe.jit.build import ensure
 from jitmoe.jit.render import read_program
 
@@ -31,7 +31,7 @@ class Ceilings:
     """
 
     def __init__(self, threads: int, read_bytes: int = READ_BYTES, steps: int = STEPS) -> None:
-        isa = cpu.resolve_isa("auto")
+        isa = capability.resolve_isa("auto")
         self._library = ensure(read_program("ceilings", isa))
         self.threads, self._steps = threads, steps
         self._memory = workspace.allocate(read_bytes)
@@ -60,4 +60,4 @@ class Ceilings:
         return self._read(self.threads, self._memory.ctypes.data, self._memory.nbytes)
 
     def _function(self, name: str, arguments: int) -> Callable[..., float]:
-        return kernels.number_function(self._library, f"jitmoe_{name}", arguments)
+        return programs.number_function(self._library, f"jitmoe_{name}", arguments)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import jitmoe
 from jitmoe import settings
 from jitmoe.errors import BenchError
+from jitmoe.experts.layer import MoELayer
 from jitmoe.isa import ISAS
+from jitmoe.jit.warm import build
 from jitmoe.oracle.data import Base
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.workloads import Workload
@@ -58,8 +59,8 @@ def our_layer(
         BenchError: if the layer would use another one.
     """
     config = workload.config(isa, lora_dtype)
-    jitmoe.build(config, progress=False)
-    layer = jitmoe.MoELayer(config, base.gate_proj, base.up_proj, base.down_proj)
+    build(config, progress=False)
+    layer = MoELayer(config, base.gate_proj, base.up_proj, base.down_proj)
     check_isa(isa, layer.isa)
     with torch.no_grad():
         for name, values in lora._asdict().items() if lora else ():

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import jitmoe
 from jitmoe.bench import machine
 from jitmoe.bench.contenders import check_isa
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BenchError
+from jitmoe.experts.layer import MoELayer
 from jitmoe.experts.workspace import arenas
 from jitmoe.jit import kernels
+from jitmoe.jit.warm import build
 from jitmoe.memory.estimate import available_memory
 from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.data import Batch, batches
@@ -154,7 +155,7 @@ def measure_footprint(case: Case) -> Footprint:
         what = f"{case.workload.name} ({case.mode.name})"
         raise BenchError(f"{what} takes {plan.nbytes} bytes, more than this machine has free")
     # Here, so that the child loads them and starts no compiler.
-    jitmoe.build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
+    build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
     return Footprint(case, plan, *in_child(measure_case, case))
 
 
@@ -213,7 +214,7 @@ def _prepare(case: Case) -> Callable[[], None]:
 
     def use() -> None:
         gate, up, down = ((lambda _, matrix=matrix: matrix) for matrix in matrices)
-        layer = jitmoe.MoELayer(case.config(), gate, up, down)
+        layer = MoELayer(case.config(), gate, up, down)
         check_isa(case.isa, layer.isa)
         for _ in range(CALLS):
             _call(layer, batch, case.mode.training)

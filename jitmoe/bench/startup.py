@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-import jitmoe
 from jitmoe.bench.contenders import our_layer
 from jitmoe.errors import BenchError
+from jitmoe.experts.layer import MoELayer
 from jitmoe.jit.build import build_instances
 from jitmoe.jit.cache import Cache
 from jitmoe.jit.render import render
+from jitmoe.jit.warm import build
 from jitmoe.oracle.data import batches, make_base
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.shapes import plan_kernels
@@ -53,12 +54,12 @@ def measure_startup(workload: Workload, isa: str, repeat: int) -> Startup:
 def _packing(workload: Workload, isa: str, repeat: int) -> float:
     base = make_base(workload, torch.Generator().manual_seed(0))
     config = replace(workload.config(isa), lora_rank=0)  # adapters are initialised with random numbers
-    jitmoe.build(config, progress=False)
+    build(config, progress=False)
     matrices = (base.gate_proj, base.up_proj, base.down_proj)
     ratios = []
     for _ in range(repeat):
         clone = _seconds(lambda: [matrix.clone() for matrix in matrices])
-        ratios.append(_seconds(lambda: jitmoe.MoELayer(config, *matrices)) / clone)
+        ratios.append(_seconds(lambda: MoELayer(config, *matrices)) / clone)
     return statistics.median(ratios)
 
 

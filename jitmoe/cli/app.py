@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-import jitmoe
+from jitmoe.version import __version__
 from jitmoe import settings
 from jitmoe.cli import cache, console
 from jitmoe.cli.bench import bench
@@ -57,7 +57,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"jitmoe {jitmoe.__version__}")
+        typer.echo(f"jitmoe {__version__}")
         raise typer.Exit
 
 

@@ -10,7 +10,7 @@ import typer
 
 from jitmoe.cli.options import LoraDtype
 from jitmoe.errors import BenchError, ConfigError
-from jitmoe.jit import cpu
+from jitmoe.jit import capability
 from jitmoe.oracle.workloads import Workload, find_workload
 
 DEFAULT = ("W1", "W2", "W3")
@@ -84,8 +84,6 @@ def bench(
 ) -> None:
     """Measure the layer beside this machine's ceilings and peers."""
     mode = _mode({"phases": phases, "predict": predict, "memory": memory, "targets": targets, "sweep": bool(sweep)})
-    import torch
-
     from jitmoe.bench import machine, report
     from jitmoe.bench.contenders import refuse_watching
     from jitmoe.bench.measure import Options
@@ -104,8 +102,8 @@ def bench(
     run = Run([w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot)
     _check_one_isa(mode, run.workloads, options.isas)
     _check_files(mode, json_file, plot)
-    torch.set_num_threads(threads)
-    facts = machine.describe(threads)
+    machine.use_threads(threads)
+    facts = machine.describe()
     print(report.machine_lines(facts))
     result = MODES[mode](run)
     if json_file:
@@ -121,7 +119,7 @@ def _mode(given: Mapping[str, bool]) -> str:
 
 def _isas(text: str) -> tuple[str, ...]:
     """Concrete instruction sets, each usable here."""
-    return tuple(dict.fromkeys(cpu.resolve_isa(name) for name in text.split(",")))
+    return tuple(dict.fromkeys(capability.resolve_isa(name) for name in text.split(",")))
 
 
 def _workloads(names: list[str], own: dict[str, Any], zipf: bool, mode: str) -> list[Workload]:

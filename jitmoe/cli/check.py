@@ -66,14 +66,12 @@ def _check_recording(data: Path, isa: str | None) -> None:
 
 
 def _show_speed(config: MoEConfig, tokens: int) -> None:
-    import torch
-
     from jitmoe.bench import machine, report
     from jitmoe.bench.contenders import refuse_watching
     from jitmoe.inspect.check import measure_speed
 
     refuse_watching()
-    print(report.machine_lines(machine.describe(torch.get_num_threads())))
+    print(report.machine_lines(machine.describe()))
     print(report.outcome_table(measure_speed(config, tokens)))
 
 

@@ -13,7 +13,7 @@ import typer
 from jitmoe import settings
 from jitmoe.cli import console
 from jitmoe.errors import JitmoeError
-from jitmoe.jit import cache, cpu, toolchain
+from jitmoe.jit import cache, capability, cpu, toolchain
 
 OPENMP_PROGRAM = """#include <omp.h>
 extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
@@ -48,14 +48,14 @@ def _describe_python(problems: list[str]) -> list[tuple[str, str]]:
 def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
     wanted = settings.get("isa") or "auto"
     try:
-        chosen = cpu.resolve_isa(wanted)
+        chosen = capability.resolve_isa(wanted)
     except JitmoeError as error:
         problems.append(f"JITMOE_ISA: {error}")
         chosen = "none"
-    shown = chosen if chosen == "none" else cpu.describe(chosen)
+    shown = chosen if chosen == "none" else capability.describe(chosen)
     rows = [("cpu", cpu.detect().model), ("isa", f"{shown} (asked for: {wanted})")]
-    for capability in cpu.capabilities():
-        rows.append((f"  {capability.isa}", f"{'yes' if capability.usable else 'no '}  {capability.reason}"))
+    for found in capability.capabilities():
+        rows.append((f"  {found.isa}", f"{'yes' if found.usable else 'no '}  {found.reason}"))
     threads = settings.get("omp_threads") or "not set"
     return [*rows, ("threads", f"{len(os.sched_getaffinity(0))} usable CPUs, OMP_NUM_THREADS {threads}")]
 

@@ -1,7 +1,7 @@
 """``jitmoe show``."""
 
 from jitmoe.cli.options import ConfigOptions, takes_config
-from jitmoe.jit import cpu, render, toolchain
+from jitmoe.jit import capability, render, toolchain
 from jitmoe.jit.build import instance_key, template_headers
 from jitmoe.plan.shapes import plan_kernels
 
@@ -10,7 +10,7 @@ from jitmoe.plan.shapes import plan_kernels
 def show(config: ConfigOptions) -> None:
     """Print the plan, keys and generated C++ of a config."""
     wanted = config.make()
-    kernel_plan = plan_kernels(wanted, cpu.resolve_isa(wanted.requested_isa))
+    kernel_plan = plan_kernels(wanted, capability.resolve_isa(wanted.requested_isa))
     compiler, headers = toolchain.find_compiler(), template_headers()
     print(f"config    {wanted}\nisa       {kernel_plan.isa}\ncompiler  {compiler.identity}")
     for shape in kernel_plan.shapes:

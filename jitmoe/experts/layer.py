@@ -27,7 +27,7 @@ from jitmoe.experts.pack import (
 from jitmoe.experts.packed_file import write_packed
 from jitmoe.host.route import route
 from jitmoe.jit import kernels
-from jitmoe.jit.cpu import describe, resolve_isa
+from jitmoe.jit.capability import describe, resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
 from jitmoe.plan.projections import NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels

@@ -16,6 +16,7 @@ from jitmoe.experts.layer import NEXT_CALL, ON_NONFINITE, MoELayer
 from jitmoe.files import replacing
 from jitmoe.jit import cpu
 from jitmoe.plan.projections import LORA_NAMES
+from jitmoe.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,8 @@ def node_of(out: Tensor) -> Any:
 
 
 def _versions() -> dict[str, str | int]:
-    import jitmoe
-
     return {
-        "jitmoe": jitmoe.__version__,
+        "jitmoe": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cpu": cpu.detect().model,

@@ -12,7 +12,7 @@ from jitmoe.bench.measure import compare as measure
 from jitmoe.config import MoEConfig
 from jitmoe.experts.layer import MoELayer
 from jitmoe.inspect.replay import Comparison, compare
-from jitmoe.jit.cpu import resolve_isa
+from jitmoe.jit.capability import resolve_isa
 from jitmoe.oracle.data import batches, make_base, make_lora
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.workloads import Workload

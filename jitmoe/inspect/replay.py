@@ -12,7 +12,7 @@ from jitmoe.inspect.recording import Recording
 from jitmoe.inspect.trace_report import Report
 from jitmoe.inspect.tracing import trace
 from jitmoe.isa import IsaChoice
-from jitmoe.jit import cpu
+from jitmoe.jit import capability
 from jitmoe.oracle.yardstick import (
     Inputs,
     Results,
@@ -167,7 +167,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _isa_of(recording: Recording) -> str:
-    usable = {capability.isa for capability in cpu.capabilities() if capability.usable}
+    usable = {found.isa for found in capability.capabilities() if found.usable}
     return recording.isa if recording.isa in usable else "auto"
 
 

@@ -1,25 +1,22 @@
-"""From configs to compiled kernels: plan, render, look into the cache, compile what is missing."""
+"""From rendered instances to shared libraries: look into the cache, compile what is missing."""
 
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from jitmoe import settings
-from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError
-from jitmoe.jit import abi, cache, cpu, render, toolchain
+from jitmoe.jit import abi, cache, render, toolchain
 from jitmoe.jit.render import Instance, Program
 from jitmoe.jit.toolchain import Compiler
-from jitmoe.plan import shapes
 from jitmoe.plan.shapes import Shape
 from jitmoe.progress import track
-from jitmoe.text import table
 
 Headers = tuple[tuple[str, bytes], ...]
 """Path below the templates, with slashes, and content of each template header, by path."""
@@ -54,45 +51,6 @@ class KernelReport:
         return self.shape.m_step
 
 
-@dataclass(frozen=True)
-class BuildReport:
-    """What :func:`build` did; prints as a table."""
-
-    kernels: tuple[KernelReport, ...]
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Of the table, its head first."""
-        rows: list[tuple[str, ...]] = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
-        for kernel in self.kernels:
-            figures = (str(kernel.m_step), kernel.status, f"{kernel.seconds:.2f}", str(kernel.path))
-            rows.append((kernel.shape.name, cpu.describe(kernel.isa), *figures))
-        return rows
-
-    def __str__(self) -> str:
-        return table(self.rows())
-
-
-def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> BuildReport:
-    """Compile every kernel that ``configs`` can need, so that no later call waits for the compiler.
-
-    Args:
-        configs: one config or several; kernels that they share are built once.
-        progress: say on stderr how many kernels are done; see :func:`~jitmoe.progress.track`.
-
-    Returns:
-        One report per kernel, in the order of the configs and their plans.
-
-    Raises:
-        IsaError: if a config forces an instruction set that cannot run here.
-        BuildError: if there is no compiler, or it fails.
-        CacheSecurityError: if somebody else could write into the cache.
-    """
-    wanted = (configs,) if isinstance(configs, MoEConfig) else tuple(configs)
-    plans = [shapes.plan_kernels(config, cpu.resolve_isa(config.requested_isa)) for config in wanted]
-    wanted_shapes = dict.fromkeys(shape for kernel_plan in plans for shape in kernel_plan.shapes)
-    return BuildReport(tuple(build_instances([render.render(shape) for shape in wanted_shapes], progress)))
-
-
 def build_instances(
     instances: Sequence[Instance], progress: bool = False, store: cache.Cache | None = None
 ) -> list[KernelReport]:
@@ -100,7 +58,7 @@ def build_instances(
 
     Args:
         instances: to compile.
-        progress: as for :func:`build`.
+        progress: say on stderr how many are done; see :func:`~jitmoe.progress.track`.
         store: where they are kept; the process's cache where not given.
 
     Raises:

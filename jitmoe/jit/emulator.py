@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, fields
 
-from jitmoe.jit import kernels
+from jitmoe.jit import programs
 
 TILE_ROWS = 16
 
@@ -67,15 +67,15 @@ def install() -> None:
         BuildError: if it cannot be compiled.
         IsaError: if it refuses: the CPU lacks AVX2 and FMA, or another handler was put over it.
     """
-    kernels.emulator().install()
+    programs.emulator().install()
 
 
 def counts() -> Counts:
     """What our emulator has executed in this process."""
-    values = kernels.emulator().read_counts()
+    values = programs.emulator().read_counts()
     return Counts(**dict(zip((field.name for field in fields(Counts)), values, strict=True)))
 
 
 def reset_counts() -> None:
     """Start counting from zero."""
-    kernels.emulator().reset_counts()
+    programs.emulator().reset_counts()

@@ -16,7 +16,7 @@ from typing import Literal
 
 from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import ConfigError
-from jitmoe.jit import cpu
+from jitmoe.jit import capability
 from jitmoe.memory.tensors import KINDS, Held, Kind, call_tensors, gradient_tensors, layer_tensors
 from jitmoe.plan.groups import GROUP_BYTES, group_limit, worst_extents
 from jitmoe.plan.placement import ScratchPlan
@@ -174,7 +174,7 @@ def _most_of(rows: Iterable[Row], kind: Kind) -> str:
 def kernels_of(config: MoEConfig) -> KernelPlan:
     """The kernels to plan with; unlike a layer's, an instruction set that is named need not be usable here."""
     requested = config.requested_isa
-    return plan_kernels(config, cpu.resolve_isa(requested) if requested == "auto" else requested)
+    return plan_kernels(config, capability.resolve_isa(requested) if requested == "auto" else requested)
 
 
 def plan_layer(config: MoEConfig) -> MemoryPlan:
