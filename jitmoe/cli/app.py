@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from jitmoe.version import __version__
 from jitmoe import settings
 from jitmoe.cli import cache, console
 from jitmoe.cli.bench import bench
@@ -18,6 +17,7 @@ from jitmoe.cli.estimate import estimate
 from jitmoe.cli.replay import replay
 from jitmoe.cli.show import show
 from jitmoe.errors import JitmoeError
+from jitmoe.version import __version__
 
 VARIABLES = "Environment variables: " + "; ".join(
     f"{setting.variable}: {setting.meaning}" for setting in settings.SETTINGS.values()
