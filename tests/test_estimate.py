@@ -188,7 +188,7 @@ def test_figures_of_published_models(name, layers, packed, adapters, saved, tmp_
     load = Load(MoEConfig(**model.fields, lora_rank=16, isa="avx512_bf16"), 4096, model.layers, threads=32)
     for kind, nbytes in (("packed weight", packed), ("parameter", adapters), ("optimizer", 2 * adapters)):
         assert bytes_of(load, kind) == pytest.approx(layers * nbytes, rel=1e-3)
-    routing = 4096 * 8 * (4 + 3 * 8)
+    routing = 4096 * 8 * (4 + 2 * 8)
     assert bytes_of(load, "saved") == pytest.approx(layers * (saved + routing), rel=1e-3)
 
 
@@ -216,7 +216,7 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     wide, slots = 2 * tokens * hidden, tokens * top_k  # bytes of x, out and their gradients; rows of all experts
     packed = 2 * 3 * experts * hidden * intermediate
     lora = 4 * 3 * experts * rank * (hidden + intermediate)
-    ids, routes, routing_weights, row_weights = 8 * slots, 3 * 8 * slots, 4 * slots, 4 * slots
+    ids, routes, routing_weights, row_weights = 8 * slots, 2 * 8 * slots, 4 * slots, 4 * slots
     if training:
         saved = wide + routing_weights + routes + slots * (2 * 2 * intermediate + 3 * 4 * rank)
         every = packed + (1 + 1 + 2) * lora + saved

@@ -35,7 +35,7 @@ MAY_USE = {
     "transformers": {"bench.peers", "hf"},
     "peft": {"bench.peers", "hf"},
     "typer": {"cli"},
-    "rich": {"progress", "cli"},
+    "rich": {"cli", "progress"},
     "psutil": {"memory", "bench"},
     "numpy": {"plan", "host", "jit", "oracle", "experts", "distributed", "hf", "bench", "inspect"},
 }

@@ -126,7 +126,7 @@ def _has_a_name(kind: str, name: str) -> bool:
     """Whether a user would name this tensor; the others are working memory."""
     return (
         kind in ("packed weight", "parameter", "gradient", "result")
-        or name in ("saved_gate", "saved_up")
+        or name in ("gate.saved", "up.saved")
         or name.startswith("new ")
     )
 
