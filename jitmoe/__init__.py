@@ -22,11 +22,11 @@ _LAZY = {
     "safetensors_source": "jitmoe.experts.pack",
     "trace": "jitmoe.inspect.tracing",
 }
-"""Loaded at first use: the command line works, and says so, where torch is missing or slow to load."""
+"""Public names and their modules, loaded at first use: the command line works where torch is missing."""
 
 
 class _Watchers:
-    """Those who look, handed to those who compute: :mod:`jitmoe.inspect.watchers`, loaded when a call asks."""
+    """:mod:`jitmoe.inspect.watchers`, loaded when a call asks: the experts may not import what looks into them."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(import_module("jitmoe.inspect.watchers"), name)

@@ -15,7 +15,7 @@ LoraDtype = Literal["float32", "bfloat16"]
 LORA_DTYPES: tuple[LoraDtype, ...] = get_args(LoraDtype)
 
 MAX_SIZE = 1 << 40
-"""Upper bound of any one size: products of two stay inside a signed 64-bit integer with room."""
+"""Largest value of any one size, far beyond every memory."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class MoEConfig:
 
     Attributes:
         num_experts: E, experts held by this layer.
-        hidden_size: H, width of the token rows.
-        intermediate_size: I, width between up and down projections.
+        hidden_size: H, elements of a token row.
+        intermediate_size: I, elements of a row between the up and the down projection.
         top_k: K, experts chosen per token.
         lora_rank: r, rank of the adapters; 0 is a layer without LoRA.
-        lora_alpha: numerator of the LoRA scaling.
+        lora_alpha: numerator of the LoRA scale (Hu 2021).
         use_rslora: scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023) instead of alpha / r.
         lora_dtype: "float32" or "bfloat16", dtype of the six LoRA parameters.
         isa: "auto" or one of :data:`~jitmoe.isa.ISAS`. ``JITMOE_ISA`` overrides it.
         m_step: rows per register block to force, or None to let the planner choose by rows per expert.
-        allow_skip: an expert id outside [0, E) is a slot to skip (expert parallelism), not an error.
+        allow_skip: skip a slot whose expert id lies outside [0, E) (expert parallelism) instead of refusing it.
         batch_invariant: a token's results do not depend on which other tokens share the call.
         recompute: save nothing for backward and compute gate and up again there.
         memory_budget: bytes that the layer and one call of it may hold at once (see
@@ -41,7 +41,7 @@ class MoEConfig:
             allocated. None is no limit.
 
     Raises:
-        ConfigError: naming the field, its value and what is allowed.
+        ConfigError: a field has a wrong type or value; the message names the field, the value and what is allowed.
     """
 
     num_experts: int
@@ -90,7 +90,11 @@ class MoEConfig:
 
     @property
     def requested_isa(self) -> str:
-        """``isa``, or what ``JITMOE_ISA`` says instead."""
+        """``isa``, or what ``JITMOE_ISA`` says instead.
+
+        Raises:
+            ConfigError: ``JITMOE_ISA`` names no instruction set.
+        """
         override = settings.get("isa")
         if override is None:
             return self.isa
@@ -111,14 +115,14 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def read_fields(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Args:
-        path: of the file.
-        what: it should hold, for the error message.
+        path: the file.
+        what: what the file should hold, for the error message.
 
     Raises:
-        ConfigError: naming the file, if it cannot be read or holds anything else.
+        ConfigError: the file cannot be read or holds anything else; the message names the file.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -13,11 +13,11 @@ import filelock
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for reading and writing, that takes the place of ``path`` when the block ends.
 
-    It is made beside ``path`` under a fixed name, so that what a killed process leaves is used up by the next write.
-    Who has the old file open or mapped keeps it. After an error in the block nothing has changed.
+    The new file lies beside ``path`` under a fixed name, so the next write takes over what a killed process left.
+    A reader that has the old file open or mapped keeps it. After an error in the block ``path`` is as before.
 
     Raises:
-        OSError: as the system says it; BlockingIOError where somebody else writes the same file now.
+        OSError: the system refuses; BlockingIOError where another thread or process writes the same file.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
@@ -50,7 +50,7 @@ def _folder_of(path: Path) -> Iterator[int]:
 def _sole_writer(part: Path) -> Iterator[None]:
     """Keep other writers of ``part`` out; the system frees the lock if we die.
 
-    The lock is removed while it is held: filelock looks for that, and takes none that has lost its name.
+    The lock file is removed while the lock is held: filelock notices that, and takes no lock without a name.
     """
     lock = filelock.FileLock(f"{part}.lock", timeout=0, fallback_to_soft=False)
     try:

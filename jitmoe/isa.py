@@ -10,7 +10,7 @@ EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
 """Features whose instructions the emulator executes, where ``JITMOE_EMULATE`` turns it on."""
 
 TUNING_FLAGS = {"avx512f": "-mprefer-vector-width=512"}
-"""What the compiler is told beside a feature itself."""
+"""Compiler flags that a feature brings beside its own."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class InstructionSet:
 
     Attributes:
         name: as in ``enum class Isa`` of shape.hpp.
-        features: of the CPU that its kernels may use, in LLVM's spelling, which is that of the compiler flags too.
+        features: CPU features that its kernels use, as LLVM and the compiler flags spell them.
         m_steps: rows of a register block, ascending. Many rows fill the registers with accumulators (14 x 2 of 32
-            vectors on AVX-512, 6 x 2 of 16 on AVX2). Few rows leave room to expand the weights in registers instead of
-            sweeping an expanded panel; VDPBF16PS needs no expansion. On AMX they are one or two tiles.
-        operand: what a panel holds, the left operand of the products.
-        column_step: what the rows of a panel are padded to: whole tiles, pairs, or nothing.
-        row_limits: mean rows per active expert beyond which the next kernel is taken, for each kernel but the last.
-        few_rows: another set, whose smallest register block takes the fewest rows.
+            vectors on AVX-512, 6 x 2 of 16 on AVX2). Few rows leave registers free to expand the weights in, which
+            saves an expanded panel; VDPBF16PS needs no expansion. On AMX a block is one or two tiles.
+        operand: dtype of a panel, the left operand of the products.
+        column_step: a panel's columns are padded to a multiple of this: 32 for tiles, 2 for pairs.
+        row_limits: for each kernel but the last, mean rows per active expert beyond which the next one is taken.
+        few_rows: another set, whose smallest register block computes calls with the fewest rows.
     """
 
     name: IsaName
@@ -45,7 +45,7 @@ class InstructionSet:
 
     @property
     def emulated_features(self) -> frozenset[str]:
-        """Those of its features that the emulator executes."""
+        """Features of this set that the emulator executes."""
         return EMULATED_FEATURES & set(self.features)
 
 
@@ -61,8 +61,8 @@ ISAS: dict[str, InstructionSet] = {
             m_steps=(16, 32),
             operand="bfloat16",
             column_step=32,
-            # Few rows are bound by the reading of the weights on AVX-512 as well, which needs no tiles. Up to 8, hardly
-            # an expert has more than one tile of rows, and with 32 half of each panel would be empty.
+            # Few rows wait for the weights to be read; AVX-512 reads them as fast and needs no tiles. With a mean of
+            # up to 8 rows, hardly an expert fills more than one tile: blocks of 32 would be half empty.
             row_limits=(4, 8),
             few_rows="avx512",
         ),

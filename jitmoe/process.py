@@ -1,7 +1,7 @@
-"""Forks and threads: what holds for the whole process, in one room.
+"""The policy of the whole process for forks and threads.
 
-A forked child has none of its parent's OpenMP threads, nor the threads that held a lock there: whoever waits for either
-waits for ever.
+A forked child has neither its parent's OpenMP threads nor the threads that held a lock there. A child that waits for
+either waits for ever.
 """
 
 import os
@@ -19,19 +19,19 @@ def _begin_child() -> None:
     _Fork.happened = True
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(1)  # its own functions use the same pool
+        torch.set_num_threads(1)  # torch computes on the same OpenMP pool
 
 
 os.register_at_fork(after_in_child=_begin_child)
 
 
 def usable_threads(threads: int) -> int:
-    """``threads``, or 1 in a forked child, where a second OpenMP thread would wait for ever."""
+    """``threads``, or 1 in a forked child, whose OpenMP pool has no second thread."""
     return 1 if _Fork.happened else threads
 
 
 class Lock:
-    """A lock that is free again in a forked child, whoever held it in the parent."""
+    """A lock that is free in a forked child, even if a thread of the parent held it."""
 
     def __init__(self) -> None:
         self._renew()

@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 Advance = Callable[[int, str], None]
-"""Takes the number of items that are done, and the name of the last."""
+"""Takes the number of items that are done, and the name of the last of them."""
 
 _bars: "list[Progress]" = []
-"""The one that is shown, if any: a loop inside a loop adds its bar to it."""
+"""The display on the terminal, if any. An inner loop adds its bar to the display of the outer loop."""
 
 _loops: list[str] = []
-"""What the loops that print lines work on, the outermost first."""
+"""Names of the running loops that print lines, the outermost first."""
 
 
 def track(items: Iterable[Item], total: int, what: str, name: Callable[[Item], str] | None = None) -> Iterator[Item]:
-    """The ``items``; stderr says how many of them are done.
+    """Yield ``items`` and say on stderr how many of them are done.
 
-    On a terminal that is a bar, which is gone after the loop. Elsewhere at most ten lines are printed, none with a
+    On a terminal this is a bar, which is gone after the loop. Elsewhere at most ten lines are printed, none with a
     carriage return, and a loop inside another one prints nothing.
 
     Args:
-        items: of the loop.
-        total: number of them.
-        what: the loop counts, in the singular: "W1 round".
-        name: of an item, shown when it is done.
+        items: what the loop runs over.
+        total: number of items.
+        what: name of one item, in the singular: "W1 round".
+        name: gives the name of an item, which is shown when the item is done.
     """
     with _bar(total, what) if _on_terminal() else _lines(total, what) as advance:
         for done, item in enumerate(items, 1):
@@ -39,7 +39,7 @@ def track(items: Iterable[Item], total: int, what: str, name: Callable[[Item], s
 
 
 def _on_terminal() -> bool:
-    # A service may have no stderr at all, or one that can do nothing but write.
+    # A service may have no stderr, or one that has only write().
     return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
 
 
@@ -69,7 +69,7 @@ def _bar(total: int, what: str) -> Iterator[Advance]:
     if outermost:
         texts = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[name]}"))
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *texts)
-        # A thread that redraws the bar would disturb what is measured: it is drawn when an item is done.
+        # No thread redraws the bar, for it would disturb measurements: each item that is done draws it.
         _bars.append(Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True))
         _bars[0].start()
     bars = _bars[0]

@@ -10,7 +10,7 @@ from jitmoe.errors import SettingError
 
 @dataclass(frozen=True)
 class Setting:
-    """One environment variable: ``variable`` is parsed by ``kind``, ``default`` if unset or empty."""
+    """One environment variable: ``kind`` parses ``variable``; ``default`` stands for an unset or empty one."""
 
     variable: str
     kind: type
@@ -35,10 +35,10 @@ SETTINGS: dict[str, Setting] = {
 
 
 def get(name: str) -> Any:
-    """Value of the setting ``name`` now; read at each call so that tests and users can change it.
+    """Value of the setting ``name`` of :data:`SETTINGS`, read at each call so that users can change it.
 
     Raises:
-        SettingError: if the variable is set to text that its type does not accept.
+        SettingError: the variable holds text that its type does not accept.
     """
     setting = SETTINGS[name]
     text = os.environ.get(setting.variable, "")

@@ -10,7 +10,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def size(nbytes: int) -> str:
-    """``nbytes`` in the unit that a person would use."""
+    """``nbytes`` bytes as text in a decimal unit: 1 kB is 1000 bytes."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:

@@ -1,1 +1,1 @@
-"""``jitmoe bench``: the layer, the machine's ceilings and the peers, measured side by side in one run."""
+"""Measures the layer beside the machine's ceilings and peers, in one run."""

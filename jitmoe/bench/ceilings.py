@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the same run as everything that is compared with it."""
+"""Measures what the machine can do at most, in the same run as everything that is compared with it."""
 
 from collections.abc import Callable
 
@@ -11,23 +11,23 @@ READ_BYTES = 5 << 28
 """1.25 GiB: beyond every cache."""
 
 STEPS = 4_000_000
-"""Turns of an arithmetic loop; some 10 ms on a core of 2025."""
+"""Iterations of an arithmetic loop; some 10 ms on a core of 2025."""
 
 Rates = dict[str, float]
-"""Operations or bytes a second: ``fma`` float32, ``bf16`` dot products, ``tmul`` tile products of bfloat16, ``vnni``
-int8, ``read`` of memory. What the CPU lacks is not in it."""
+"""Operations a second of ``fma`` (float32), ``bf16`` (dot products), ``tmul`` (tile products of bfloat16) and ``vnni``
+(int8), and bytes a second of ``read`` (memory). An instruction that the CPU lacks has no rate."""
 
 
 class Ceilings:
-    """The loops of ``ceilings.cpp`` and the memory that they read.
+    """The loops of tools/ceilings.cpp, and the memory that they read.
 
     Args:
         threads: threads to use.
-        read_bytes: memory to read; more than fits in any cache, unless in a test.
-        steps: turns of an arithmetic loop.
+        read_bytes: bytes to read; more than fits in any cache, unless in a test.
+        steps: iterations of an arithmetic loop.
 
     Raises:
-        BuildError: if the loops cannot be compiled.
+        BuildError: the loops cannot be compiled.
     """
 
     def __init__(self, threads: int, read_bytes: int = READ_BYTES, steps: int = STEPS) -> None:
@@ -47,16 +47,16 @@ class Ceilings:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that :meth:`flush` pulls through the caches."""
+        """Bytes that :meth:`flush` reads."""
         return self._memory.nbytes
 
     def measure(self) -> Rates:
-        """Every ceiling once."""
+        """Measure every ceiling once."""
         rates = {name: loop(self.threads, self._steps) for name, loop in self._loops.items()}
         return rates | {"read": self.flush()}
 
     def flush(self) -> float:
-        """Push everything else out of the caches; bytes a second."""
+        """Read memory until nothing else is in the caches; bytes a second."""
         return self._read(self.threads, self._memory.ctypes.data, self._memory.nbytes)
 
     def _function(self, name: str, arguments: int) -> Callable[..., float]:

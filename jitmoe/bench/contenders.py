@@ -1,4 +1,4 @@
-"""Who runs: one function from a batch to the result, and what must be known to judge its time."""
+"""Contenders: a function from a batch to its result, and what must be known to judge its time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,10 +25,10 @@ class Contender:
         call: (x, topk_ids, weights) -> out, differentiable.
         parameters: trainable tensors, whose gradients are dropped before each call.
         dtype: of x and out.
-        rank: LoRA rank that it really computes, 0 for none.
-        bf16_products: multiplies bfloat16 pairs, so that the dot-product peak is its ceiling.
+        rank: LoRA rank that the contender really computes, 0 for none.
+        bf16_products: it multiplies bfloat16 pairs, so the peak of these products is its ceiling.
         isa: instruction set that it must run on; None for a peer.
-        comparable: contenders with the same text here compute the same function of the same values.
+        comparable: contenders with the same text compute the same function of the same values.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Contender:
     comparable: str = "lora"
 
     def without_weights(self) -> "Contender":
-        """Who it was, for tables: it cannot be called any more, and holds no memory."""
+        """This contender for tables: it holds no memory, and a call raises BenchError."""
         return replace(self, call=_spent, parameters=())
 
 
@@ -52,11 +52,12 @@ def _spent(*_: Tensor) -> Tensor:
 def our_layer(
     workload: Workload, isa: str, base: Base, lora: LoraTensors | None, lora_dtype: str = "float32"
 ) -> Contender:
-    """The layer on ``isa``, compiled, with its own packed copy of ``base`` and the values of ``lora``.
+    """The layer on ``isa``, compiled, with a packed copy of ``base`` and the values of ``lora``.
 
     Raises:
-        IsaError: if ``isa`` cannot run here.
-        BenchError: if the layer would use another one.
+        IsaError: ``isa`` cannot run here.
+        BuildError: the kernels cannot be compiled.
+        BenchError: the layer would use another instruction set.
     """
     config = workload.config(isa, lora_dtype)
     build(config, progress=False)
@@ -78,10 +79,10 @@ def our_layer(
 
 
 def refuse_watching() -> None:
-    """Refuse to measure while the environment asks for kernels that watch themselves, which are not those of users.
+    """Refuse to measure while the environment asks for checked or traced kernels, which are slower than those of users.
 
     Raises:
-        BenchError: naming the variable.
+        BenchError: a variable asks for them; the message names it.
     """
     for name in ("checked", "trace"):
         if settings.get(name):
@@ -93,6 +94,10 @@ def refuse_watching() -> None:
 
 
 def check_isa(asked: str, used: str) -> None:
-    """Refuse to label a measurement of ``used`` as one of ``asked``."""
+    """Refuse to measure one instruction set under the name of another.
+
+    Raises:
+        BenchError: ``used`` is not ``asked``.
+    """
     if asked != used:
         raise BenchError(f"{asked} was to be measured and {used} would run: is JITMOE_ISA set, or the CPU not able to?")

@@ -1,4 +1,4 @@
-"""Memory that our layer really takes, beside its plan: each case in a process of its own, where nothing else grows."""
+"""Measures the memory of our layer beside its plan, each case in a process of its own, where nothing else grows."""
 
 import gc
 import multiprocessing
@@ -28,20 +28,20 @@ from jitmoe.progress import track
 from jitmoe.text import table
 
 CALLER = ("x", "weights", "topk_ids", "out.grad")
-"""Tensors of the plan that the benchmark makes before it starts to measure, so neither figure has them."""
+"""Tensors of the plan that the benchmark makes before it measures, so neither figure has them."""
 
 CALLS = 2
-"""Gradients of the first one lie beside those of the second, as the plan has it."""
+"""Calls of a layer. In the second one gradients of the first are still there, as the plan assumes."""
 
 WARM_UP = Workload("warm-up", experts=3, hidden=96, intermediate=64, top_k=2, rank=4, tokens=64)
-"""Its call loads and starts what every process has once: libraries, threads, compiled Numba functions."""
+"""A call of it loads and starts what a process has once: libraries, threads, compiled Numba functions."""
 
 Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What is done with a layer."""
+    """How a case uses its layer."""
 
     name: str
     training: bool
@@ -66,11 +66,11 @@ class Case:
     threads: int
 
     def config(self) -> MoEConfig:
-        """Of the layer."""
+        """Config of the layer."""
         return replace(self.workload.config(self.isa, self.lora_dtype), recompute=self.mode.recompute)
 
     def plan(self) -> MemoryPlan:
-        """Of all that a process holds beyond the tensors of :data:`CALLER`."""
+        """Plan of all that a process holds beyond the tensors of :data:`CALLER`."""
         plan = MemoryPlan.of(self.config(), self.workload.tokens, self.threads, self.mode.training)
         return replace(plan, held=tuple(tensor for tensor in plan.held if tensor.name not in CALLER))
 
@@ -82,8 +82,8 @@ class Footprint:
     Attributes:
         case: what was measured.
         plan: without the tensors of :data:`CALLER`.
-        measured: bytes that the process held at most beyond those before there was a layer.
-        scratch: bytes of the arena: what the calls' own routing took of the planned scratch of the worst one.
+        measured: most bytes that the process held, beyond those that it held before it made the layer.
+        scratch: bytes of the arena, which follow from the calls' own routing; the plan has those of the worst routing.
     """
 
     case: Case
@@ -100,30 +100,27 @@ class Footprint:
     def unplanned(self) -> int:
         """Measured bytes beyond a plan with the scratch of the calls' own routing.
 
-        The C library may keep a freed block for the next call instead of giving it back: at W4 one more ``out``, 2 MB
-        (none with MALLOC_TRIM_THRESHOLD_=0, 2026-11-24).
+        The C library may keep a freed block for the next call: at W4 one more ``out`` of 2 MB, and none with
+        MALLOC_TRIM_THRESHOLD_=0 (2026-11-24).
         """
         return self.measured - (self.plan.nbytes - self.plan.arena + self.scratch)
 
     @property
     def working(self) -> int:
-        """Planned bytes of scratch and of what is saved for backward."""
+        """Planned bytes of scratch and saved tensors."""
         kinds = self.plan.by_kind()
         return kinds.get("scratch", 0) + kinds.get("saved", 0)
 
     @property
     def beyond(self) -> int:
-        """Measured bytes of scratch, routes, and of all that has no plan.
-
-        They are beyond weights, parameters, gradients of the parameters and of the inputs, out, and gate and up saved.
-        """
+        """Measured bytes beyond the tensors that a user would name, see :func:`_has_a_name`."""
         step = self.plan.peak_step
         named = [t for t in self.plan.held if t.first <= step <= t.last and _has_a_name(t.kind, t.name)]
         return self.measured - sum(tensor.nbytes for tensor in named)
 
 
 def _has_a_name(kind: str, name: str) -> bool:
-    """Whether a user would name this tensor; the others are working memory."""
+    """Whether a user would name this tensor of a plan; the others are working memory."""
     return (
         kind in ("packed weight", "parameter", "gradient", "result")
         or name in ("gate.saved", "up.saved")
@@ -137,7 +134,7 @@ def measure_footprints(
     """Measure each of ``workloads`` on each of ``isas`` in every mode of :data:`MODES`.
 
     Raises:
-        BenchError: as for :func:`measure_footprint`.
+        BenchError: see :func:`measure_footprint`.
     """
     cases = [Case(w, isa, lora_dtype, mode, threads) for w in workloads for isa in isas for mode in MODES]
     for case in track(cases, len(cases), "case", lambda case: f"{case.workload.name} {case.isa} {case.mode.name}"):
@@ -145,25 +142,25 @@ def measure_footprints(
 
 
 def measure_footprint(case: Case) -> Footprint:
-    """What ``case`` takes.
+    """Measure ``case``.
 
     Raises:
-        BenchError: if it does not fit into the free memory, or the system does not say what a process held.
+        BenchError: the case does not fit into the free memory, or the system does not say what a process held.
     """
     plan = case.plan()
     if plan.nbytes > available_memory():
         what = f"{case.workload.name} ({case.mode.name})"
         raise BenchError(f"{what} takes {plan.nbytes} bytes, more than this machine has free")
-    # Here, so that the child loads them and starts no compiler.
+    # Compiled here, so that the child starts no compiler.
     build([case.config(), replace(case, workload=WARM_UP).config()], progress=False)
     return Footprint(case, plan, *in_child(measure_case, case))
 
 
 def in_child(function: Callable[..., Returned], *arguments: Any) -> Returned:
-    """What ``function`` returns in a fresh interpreter, where none of this process's memory is.
+    """Call ``function`` in a fresh interpreter, which has none of this process's memory, and return its result.
 
     Raises:
-        BenchError: if the process is killed. Whatever the function raises is raised here.
+        BenchError: the process is killed. What the function raises is raised here too.
     """
     context = multiprocessing.get_context("spawn")
     try:
@@ -174,10 +171,10 @@ def in_child(function: Callable[..., Returned], *arguments: Any) -> Returned:
 
 
 def peak_of(function: Callable[[], object]) -> int:
-    """Bytes that this process holds at most while ``function`` runs, beyond those before.
+    """Most bytes that this process holds while ``function`` runs, beyond those before.
 
     Raises:
-        BenchError: if the system does not say.
+        BenchError: the system does not say.
     """
     gc.collect()
     start = machine.start_peak()
@@ -189,7 +186,7 @@ def peak_of(function: Callable[[], object]) -> int:
 
 
 def measure_case(case: Case) -> tuple[int, int]:
-    """Bytes that this process, a fresh one, takes for the layer of ``case`` and its calls; those of the arena."""
+    """Bytes that this fresh process takes for the layer of ``case`` and its calls, and bytes of the arena."""
     torch.set_num_threads(case.threads)
     for warm in (replace(case, workload=WARM_UP), case):
         for shape in plan_kernels(warm.config(), case.isa).shapes:
@@ -201,13 +198,13 @@ def measure_case(case: Case) -> tuple[int, int]:
 
 
 def _prepare(case: Case) -> Callable[[], None]:
-    """Make all that the caller of a layer has, and return what makes the layer and calls it."""
+    """Make the tensors of a caller, and return a function that makes the layer and calls it."""
     workload = case.workload
     generator = torch.Generator().manual_seed(0)
     batch = next(batches(workload, generator))
     hidden, intermediate = workload.hidden, workload.intermediate
     extents = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
-    # Each expert's matrix in the same memory: a source that brings new memory would count as the layer's.
+    # All experts share one matrix: memory that a source brings would count as the layer's.
     matrices = [
         torch.empty(extent, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator) for extent in extents
     ]
@@ -223,7 +220,7 @@ def _prepare(case: Case) -> Callable[[], None]:
 
 
 def _call(layer: Callable[[Tensor, Tensor, Tensor], Tensor], batch: Batch, training: bool) -> None:
-    # New leaves, so that gradients of the inputs are those of one call.
+    # New leaves: gradients of the inputs must not add up over calls.
     x, weights = (tensor.detach().requires_grad_(training) for tensor in (batch.x, batch.weights))
     with torch.set_grad_enabled(training):
         out = layer(x, batch.topk_ids, weights)

@@ -19,12 +19,12 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def use_threads(threads: int) -> None:
-    """Let our layer and torch compute on so many threads from now on."""
+    """Let our layer and torch compute on ``threads`` threads from now on."""
     torch.set_num_threads(threads)
 
 
 def describe() -> dict[str, Any]:
-    """What a reader needs to judge the figures; nothing that names the user or the checkout."""
+    """What a reader needs to judge the figures. Nothing in it names the user or the checkout."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": cpu.detect().model,
@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held since its start."""
+    """Most bytes that this process has held since its start."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -47,8 +47,8 @@ class Start:
     """Where a measurement of memory began.
 
     Attributes:
-        held: bytes held then.
-        mark: the high-water mark that later ones must exceed to say anything; 0 where a new one was begun.
+        held: bytes that the process held then.
+        mark: bytes of the old high-water mark, which hides smaller peaks; 0 where a new mark was begun.
     """
 
     held: int
@@ -67,10 +67,10 @@ def start_peak() -> Start | None:
 
 
 def peak_since(start: Start | None) -> int | None:
-    """The most bytes held since :func:`start_peak` beyond those held then.
+    """Most bytes held since :func:`start_peak` beyond those held then; None where the system does not say.
 
-    Linux counts pages on each CPU and adds them up in batches, so the figure may be some 100 kB a CPU off. None where
-    the system does not say: also where it began no new mark and the old one still stands.
+    Linux counts pages on each CPU and adds them up in batches, so the figure may be off by some 100 kB a CPU. Where the
+    system begins no new mark, it says nothing until the old one is exceeded.
     """
     peak = _high_water_mark()
     if start is None or peak is None or peak <= start.mark:
@@ -83,7 +83,7 @@ def _held() -> int:
 
 
 def _high_water_mark() -> int | None:
-    """The most bytes held since the last new mark; psutil has no such figure."""
+    """Most bytes held since the last new mark; psutil has no such figure."""
     lines = _STATUS.read_text(encoding="ascii").splitlines()
     line = next((line for line in lines if line.startswith("VmHWM:")), None)
     return None if line is None else int(line.split()[1]) * 1024

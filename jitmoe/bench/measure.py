@@ -1,4 +1,4 @@
-"""The run itself: ceilings and contenders in turn, A B A B, so that a busy neighbour disturbs all alike."""
+"""Measures ceilings and contenders interleaved, A B A B, so that a busy neighbour disturbs all alike."""
 
 import dataclasses
 import gc
@@ -27,10 +27,10 @@ from jitmoe.progress import track
 SEED = 20250
 
 MEMORY_SHARE = 0.6
-"""Of the free memory, for the peers' copies of the weights; the rest is for what their calls allocate."""
+"""Share of the free memory for the peers' copies of the weights. Their calls allocate the rest."""
 
 DISAGREEMENT = 0.05
-"""Largest difference of two contenders' results, in rms and relative; bfloat16 arithmetic stays below 0.01."""
+"""Largest relative rms difference of two contenders' results; bfloat16 arithmetic stays below 0.01."""
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Measurement:
     """One contender in one pass.
 
     Attributes:
-        contender: who.
+        contender: that was measured.
         training: forward and backward, else forward alone.
-        peak: bytes of memory that its first call took beyond what stood before; None where the system can't say.
+        peak: most bytes that its first call took beyond those before; None where the system does not say.
         scratch: planned bytes of scratch; None for a peer.
-        kernels: the kernels that really ran, empty for a peer.
+        kernels: kernels that really ran; none for a peer.
         seconds: of each round.
-        work: what it had to compute; the bytes are those of bfloat16 weights, whatever the contender holds.
-        ratios: time of this contender over that of each of our layers, in the same rounds, by instruction set.
+        work: least work of the pass; its bytes are those of bfloat16 weights, whatever the contender holds.
+        ratios: by instruction set, seconds of this contender over those of our layer in the same rounds.
     """
 
     contender: Contender
@@ -73,11 +73,11 @@ class Measurement:
         return self.work.flop / self.median
 
     def roofline_share(self, rates: Rates) -> float:
-        """Least possible time over the median: 1 is at the roofline."""
+        """Least possible seconds over the median; 1 is at the roofline."""
         return self.work.roofline_seconds(self.products_ceiling(rates), rates["read"]) / self.median
 
     def products_ceiling(self, rates: Rates) -> float:
-        """Of the fastest products that the contender can use: a peer's are those of its library, tiles among them."""
+        """Operations a second of the fastest products that the contender can use; a peer's library may use tiles."""
         if not self.contender.bf16_products:
             return rates["fma"]
         vectors = rates.get("bf16", rates["fma"])
@@ -86,7 +86,7 @@ class Measurement:
 
 @dataclass
 class Outcome:
-    """All measurements of one workload, the ceilings of the same rounds, and who did not take part and why."""
+    """Measurements of one workload, ceilings of the same rounds, and the peers left out, each with the reason."""
 
     workload: Workload
     measurements: list[Measurement] = field(default_factory=list)
@@ -104,8 +104,8 @@ class Options:
 
     Attributes:
         isas: instruction sets of our layer.
-        peers: names of :data:`~jitmoe.bench.peers.PEERS`.
-        repeat: rounds.
+        peers: names in :data:`~jitmoe.bench.peers.PEERS`.
+        repeat: number of rounds.
         lora_dtype: of our adapters.
     """
 
@@ -118,11 +118,12 @@ class Options:
 def compare(workload: Workload, options: Options, ceilings: Ceilings) -> Outcome:
     """Measure our layer, the peers and the ceilings on ``workload``.
 
-    Where the peers' copies of the weights do not fit into memory together, they run in several batches, each of them
-    together with our layer.
+    Where the peers' copies of the weights do not fit into memory together, the peers run in several batches, each
+    beside our layer.
 
     Raises:
-        BenchError: if another instruction set ran than was asked for, or two contenders disagree.
+        IsaError: an instruction set cannot run here.
+        BenchError: another instruction set ran than was asked for, or two contenders disagree.
     """
     generator = torch.Generator().manual_seed(SEED)
     base, lora = make_base(workload, generator), make_lora(workload, generator)
@@ -147,15 +148,15 @@ def compare(workload: Workload, options: Options, ceilings: Ceilings) -> Outcome
 
 
 class Rounds:
-    """Rounds in which everybody gets the same fresh batch, one after the other.
+    """Rounds in which all contenders get the same fresh batch, one after the other.
 
     Args:
         workload: sizes.
         inputs: batches, one a round.
         ceilings: measured at the start of each round.
         repeat: number of rounds.
-        base_bytes: weights that every contender reads; the caches are flushed before each call where these could
-            stay in them.
+        base_bytes: bytes of the weights that each contender reads. Where they could stay in the caches, these are
+            flushed before each call.
     """
 
     def __init__(
@@ -166,8 +167,14 @@ class Rounds:
         self._rates: list[Rates] = []
 
     def prepare(self, contenders: Iterable[Contender], skipped: dict[str, str]) -> list[Measurement]:
-        """First calls: compile, check, and see how much memory they take. A peer that fails is noted in ``skipped``."""
-        gc.collect()  # what a former workload left would be freed in the middle of a measurement
+        """Make the first calls, which compile, are compared, and show how much memory they take.
+
+        A peer that fails goes into ``skipped``.
+
+        Raises:
+            BenchError: two contenders disagree, or a result is not finite.
+        """
+        gc.collect()  # else garbage of the workload before is freed in the middle of a measurement
         batch = next(self._inputs)
         results: dict[str, Tensor] = {}
         measurements = []
@@ -185,7 +192,7 @@ class Rounds:
         return measurements
 
     def run(self, measurements: Sequence[Measurement]) -> None:
-        """Time everybody ``repeat`` times and fill in what follows from the times."""
+        """Time each contender ``repeat`` times, and fill in what follows from the times."""
         active = []
         for _ in track(range(self._repeat), self._repeat, f"{self._workload.name} round"):
             self._rates.append(self._ceilings.measure())
@@ -205,13 +212,13 @@ class Rounds:
             }
 
     def take_ceilings(self) -> dict[str, list[float]]:
-        """Ceilings of the rounds since the last time."""
+        """Ceilings of the rounds since the call before."""
         rates, self._rates = self._rates, []
         return {name: [rate[name] for rate in rates] for name in rates[0]}
 
 
 def call_once(contender: Contender, batch: Batch, training: bool) -> tuple[float, Tensor]:
-    """Seconds of one pass and its result; gradients of former calls are dropped first."""
+    """Seconds of one call and its result; gradients of former calls are dropped first."""
     batch = batch.to(contender.dtype)
     for parameter in contender.parameters:
         parameter.grad = None
@@ -226,7 +233,7 @@ def call_once(contender: Contender, batch: Batch, training: bool) -> tuple[float
 
 def _first_call(contender: Contender, batch: Batch, training: bool) -> tuple[Measurement, Tensor]:
     if contender.isa is not None:
-        call_once(contender, batch, training)  # what is compiled now would count as memory of the call
+        call_once(contender, batch, training)  # compiles; that must not count as memory of the call
     arenas.release()
     start = machine.start_peak()
     with watch() as trace:
@@ -240,7 +247,7 @@ def _first_call(contender: Contender, batch: Batch, training: bool) -> tuple[Mea
 
 
 def _check_agreement(contender: Contender, out: Tensor, results: dict[str, Tensor]) -> None:
-    """Hold ``out`` against the first result of the same function; ``results`` keeps it."""
+    """Compare ``out`` with the first result of the same function, which ``results`` keeps."""
     if not out.isfinite().all():
         raise BenchError(f"{contender.name} gave a result that is not finite")
     out = out.float()

@@ -24,10 +24,10 @@ class Peer:
 
     Attributes:
         build: makes the contender.
-        dtype: in which it wants weights and adapters.
-        copies: bytes that it holds beyond the canonical weights, as a multiple of them.
-        package: what must be installed, "" for torch alone.
-        slow: takes minutes, so only on request.
+        dtype: of its weights and adapters.
+        copies: bytes that the peer holds beyond the canonical weights, as a multiple of these.
+        package: the package that must be installed, "" for torch alone.
+        slow: it takes minutes, so it runs only on request.
     """
 
     build: Build
@@ -37,7 +37,7 @@ class Peer:
     slow: bool = False
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Why the peer cannot run here, or None."""
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.build is grouped_mm and not hasattr(torch.nn.functional, "grouped_mm"):
@@ -56,7 +56,7 @@ def loop(workload: Workload, base: Base, lora: LoraTensors | None, scale: float)
 
 
 def grouped_mm(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
-    """torch.nn.functional.grouped_mm on rows sorted by expert, the adapters as two more of them."""
+    """torch.nn.functional.grouped_mm on rows sorted by expert; each adapter is two more such products."""
     trainable = _leaves(lora)
     pairs = (trainable[0:2], trainable[2:4], trainable[4:6]) if trainable else (None, None, None)
 
@@ -119,7 +119,7 @@ def choose_peers(text: str) -> list[str]:
     """Names from "all" (all but the slow ones), "none" or a comma-separated list.
 
     Raises:
-        BenchError: for a name that is none of :data:`PEERS`.
+        BenchError: a name is none of :data:`PEERS`.
     """
     if text == "none":
         return []

@@ -1,4 +1,4 @@
-"""Where the time of a call of our layer goes: around the kernels, and step by step inside timed instances of them."""
+"""Where the time of a call of our layer goes: around the kernels, and by phase inside timed instances of them."""
 
 import statistics
 import time
@@ -25,21 +25,21 @@ LORA = "LoRA, against a layer without"
 WAITS = "waiting at barriers"
 
 Steps = defaultdict[str, list[float]]
-"""Seconds of each round, by step."""
+"""Seconds of each round, by part of a call or by phase."""
 
 
 @dataclass
 class Phases:
-    """Seconds of each step in each round, by pass.
+    """Seconds of each part of a call in each round.
 
     Attributes:
         workload: sizes.
         isa: instruction set of the kernels.
-        seconds: by pass and step; the steps of :data:`STEPS` add up to the call.
-        inside: by pass and phase of :data:`jitmoe.jit.abi.PHASES`, seconds of the kernels' threads divided by their
-            number; with :data:`WAITS` they add up to the kernels.
-        beside: by pass and name, seconds that are part of a step above or were measured apart from the call.
-        active: experts touched, of each round.
+        seconds: by pass and part; the parts of :data:`STEPS` add up to the call.
+        inside: by pass and phase of :data:`jitmoe.jit.abi.PHASES`, seconds of all threads divided by their number;
+            with :data:`WAITS` they add up to the kernels.
+        beside: by pass and name, seconds that were measured apart from the call.
+        active: number of experts with rows, of each round.
     """
 
     workload: Workload
@@ -50,12 +50,16 @@ class Phases:
     active: list[int] = field(default_factory=list)
 
     def median(self, pass_name: str, step: str) -> float:
-        """Median seconds of a step."""
+        """Median seconds of a part of the call."""
         return statistics.median(self.seconds[pass_name][step])
 
 
 def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
-    """Run the layer and a twin of it without LoRA ``repeat`` times each, in turn."""
+    """Run the layer and a twin without LoRA ``repeat`` times each, interleaved.
+
+    Raises:
+        BenchError: another instruction set ran than was asked for.
+    """
     generator = torch.Generator().manual_seed(SEED)
     base = make_base(workload, generator)
     layer = our_layer(workload, isa, base, make_lora(workload, generator))
@@ -78,7 +82,7 @@ def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
 
 
 def phases_table(phases: Phases) -> str:
-    """Milliseconds, share of the call, and rate of each step."""
+    """Milliseconds, share of the call, and rate of each part and phase."""
     rows = [("pass", "step", "ms", "share", "rate")]
     for pass_name in PASSES:
         total = sum(phases.median(pass_name, step) for step in STEPS)
@@ -95,7 +99,7 @@ def phases_table(phases: Phases) -> str:
 
 
 def phases_json(phases: Phases) -> dict[str, object]:
-    """The same with the seconds of every round."""
+    """The seconds of every round."""
     return {
         "name": phases.workload.name,
         "isa": phases.isa,
@@ -126,7 +130,7 @@ def _note_call(phases: Phases, layer: Contender, batch: Batch, pass_name: str) -
 
 
 def _route_seconds(workload: Workload, batch: Batch) -> float:
-    """Of the routing of a call, once more by itself: backward has none."""
+    """Seconds of routing ``batch`` once more by itself; backward routes nothing."""
     ids = batch.topk_ids.numpy()
     start = time.perf_counter()
     route(ids, workload.experts)
@@ -150,7 +154,7 @@ def _rate(phases: Phases, step: str, seconds: float) -> str:
 
 
 def _step_rate(phases: Phases, step: str, seconds: float) -> str:
-    """GFLOP/s of the steps that are base products: 2 H I a slot and matrix."""
+    """GFLOP/s of a phase that multiplies base weights: 2 H I operations a slot and matrix."""
     matrices = {"gate_up": 2, "down": 1, "act_grad": 1, "x_grad": 2}.get(step, 0)
     workload = phases.workload
     flop = 2.0 * matrices * workload.hidden * workload.intermediate * workload.slots

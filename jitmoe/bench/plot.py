@@ -1,4 +1,4 @@
-"""Pictures: the roofline with everybody's points, and a sweep beside its roofline."""
+"""Pictures: the roofline with a point for each measurement, and a sweep beside its roofline."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
     """Fail before the measurement, not after it.
 
     Raises:
-        BenchError: if matplotlib is not installed.
+        BenchError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -31,7 +31,7 @@ def require_matplotlib() -> None:
 
 
 def plot_roofline(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
-    """Write a PNG: useful operations a second over useful operations per byte, under the measured ceilings."""
+    """Write a PNG: useful operations a second over operations per byte, under the measured ceilings (Williams 2009)."""
     figure, axes = _figure()
     rates = {name: max(outcome.rates()[name] for outcome in outcomes) for name in outcomes[0].rates()}
     intensities = [m.work.flop / m.work.nbytes for outcome in outcomes for m in outcome.measurements]
@@ -124,7 +124,7 @@ def _draw_point(axes: "Axes", measurement: Measurement, color: str) -> None:
 
 
 def _colors(names: Sequence[str], ours: set[str]) -> dict[str, str]:
-    """Warm for us, cold for the others."""
+    """Warm colours for our layer, cold ones for peers."""
     warm, cold = ([name for name in names if (name in ours) == wanted] for wanted in (True, False))
     colors = {name: OURS[i % len(OURS)] for i, name in enumerate(warm)}
     return colors | {name: PEERS[i % len(PEERS)] for i, name in enumerate(cold)}

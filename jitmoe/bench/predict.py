@@ -1,4 +1,4 @@
-"""The model on paper: what a call should take on a machine that is not here, from a dozen named assumptions.
+"""Predicts what a call should take on a machine that is not here, from a dozen named assumptions.
 
 A pass is the sum of its parts, each the slower of its arithmetic and its memory traffic:
 
@@ -8,9 +8,9 @@ A pass is the sum of its parts, each the slower of its arithmetic and its memory
     LoRA            low-rank products and gradients, float32 vectors at a share of their peak
     fixed           barriers of the steps of each group, Python and autograd
 
-Every number beside a machine's data sheet is an assumption of :class:`Assumptions`, taken from one thread's loops and
-the phases of W2 on machines that were here (Zen 3, Zen 5) and from the emulator's counts; ``jitmoe bench --predict``
-prints them, and how far the model is from a measurement of this machine.
+Every number that is on no data sheet is in :class:`Assumptions`. They come from one thread's loops and the phases of W2
+on Zen 3 and Zen 5, and from the emulator's counts. ``jitmoe bench --predict`` prints them, and compares the prediction
+with a measurement of this machine.
 """
 
 import math
@@ -78,28 +78,28 @@ ABSENT = (
         source="3.6 GHz, 128 and 64 FLOP a cycle, 80 % of 12 channels DDR5-6000",
     ),
 )
-"""Machines that predictions are made for. Two sockets assume that every page of weights is read by its own socket,
-which interleaving or one process a socket gives, and this version does not."""
+"""Machines to predict for. The figures of two sockets assume that each socket reads its own pages of weights, as with
+one process a socket; this version does not see to that."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that is not on a data sheet.
+    """Every number that is on no data sheet.
 
     Attributes:
-        forward_share: of the products' peak with many rows, forward; by instruction set.
-        backward_share: the same, backward: the panel is transposed or paired on the way.
-        fill_rows: rows of an expert at which half of that share is reached, because weights are expanded or tiles
-            filled whatever the rows; TMUL's is 0: its tiles are counted one by one.
-        tile_share: of the TMUL peak on full tiles: on hardware loads, stores and vector steps share the ports.
+        forward_share: share of the products' peak in forward with many rows, by instruction set.
+        backward_share: the same in backward, which transposes or pairs weights on the way.
+        fill_rows: rows of an expert that reach half of that share, because to expand the weights takes as long for few
+            rows; 0 on AMX, whose tiles are counted one by one.
+        tile_share: share of the TMUL peak on full tiles, as loads, stores and vector code use the same ports.
         activation_slots: FMA issue slots of one vector of gate and up through silu, rounding and packing.
-        backward_activation: times that in backward, which packs three results.
+        backward_activation: factor of these slots in backward, which packs three results.
         cache_bandwidth: bytes/s a thread for what moves within caches: gather, pack, saved tensors, sums.
-        lora_share: of the FMA peak that low-rank products reach forward: their sides are ranks.
-        lora_backward_share: the same of low-rank products and gradients backward.
-        barrier: seconds of one barrier, and of starting and ending a parallel region, at 2 threads; times log2.
+        lora_share: share of the FMA peak that low-rank products reach in forward, whose sides are ranks.
+        lora_backward_share: the same of low-rank products and gradients in backward.
+        barrier: seconds at 2 threads of one barrier, or of starting a parallel region; they grow with log2(threads).
         python: seconds of one pass outside the kernels.
-        read_share: of the measured read bandwidth that a pass over the weights reaches.
+        read_share: share of the measured read bandwidth that a pass over the weights reaches.
     """
 
     forward_share: Mapping[str, float] = field(
@@ -127,19 +127,19 @@ ASSUMED = Assumptions()
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one pass, by part; ``bound`` says what the base products wait for."""
+    """Seconds of one pass, by part; ``bound`` says whether arithmetic or memory limits the base products."""
 
     parts: Mapping[str, float]
     bound: str
 
     @property
     def seconds(self) -> float:
-        """All parts."""
+        """Seconds of all parts."""
         return sum(self.parts.values())
 
 
 def predict(workload: Workload, machine: Machine, backward: bool, assumed: Assumptions = ASSUMED) -> Prediction:
-    """Seconds of forward, or of ``backward`` alone."""
+    """Predict forward, or ``backward`` alone."""
     active = workload.expected_active()
     rows = workload.slots / active
     flop = 6.0 * workload.slots * workload.hidden * workload.intermediate
@@ -158,8 +158,7 @@ def predict(workload: Workload, machine: Machine, backward: bool, assumed: Assum
 def product_share(isa: str, rows: float, backward: bool, assumed: Assumptions = ASSUMED) -> float:
     """Share of the products' peak at ``rows`` rows of an expert.
 
-    On AMX the tiles are counted as the emulator does: the rows of a tile follow the rows there are, and a product of
-    tiles takes as long with one row as with sixteen.
+    On AMX tiles are counted, as by the emulator: a product of tiles takes as long with one row as with sixteen.
     """
     shares = assumed.backward_share if backward else assumed.forward_share
     if isa == "amx":
@@ -195,7 +194,7 @@ def _fixed(workload: Workload, machine: Machine, backward: bool, assumed: Assump
 
 
 def check_table(outcomes: Sequence[Outcome], threads: int) -> str:
-    """The model beside what was measured here, with the ceilings of the same rounds."""
+    """The prediction beside what was measured here, from the ceilings of the same rounds."""
     rows = [("workload", "isa", "pass", "measured ms", "predicted ms", "predicted / measured")]
     for outcome in outcomes:
         rates = outcome.rates()

@@ -17,11 +17,11 @@ CEILING_NAMES = {
 }
 
 UNSTEADY = 1.3
-"""Largest over least ceiling of a run from which on the figures deserve a warning: somebody else was computing."""
+"""Largest over least value of a ceiling beyond which the figures get a warning: another program was computing."""
 
 
 def outcome_table(outcome: Outcome) -> str:
-    """One workload: a line of sizes, the ceilings, a row for each contender and pass, and who was left out."""
+    """One workload: its sizes, the ceilings, a row for each contender and pass, and the peers left out."""
     w = outcome.workload
     routing = "zipf" if w.zipf else "random"
     title = (
@@ -37,7 +37,7 @@ def outcome_table(outcome: Outcome) -> str:
 
 
 def ceilings_line(ceilings: Mapping[str, Sequence[float]]) -> str:
-    """The ceilings as median, least and most of the rounds."""
+    """Median, least and largest value of each ceiling over the rounds."""
     parts = []
     for name, values in ceilings.items():
         unit = "GB/s" if name == "read" else "GOP/s" if name == "vnni" else "GFLOP/s"
@@ -49,12 +49,12 @@ def ceilings_line(ceilings: Mapping[str, Sequence[float]]) -> str:
 
 
 def machine_lines(machine: Mapping[str, Any]) -> str:
-    """Where and when."""
+    """The machine as a table, from :func:`jitmoe.bench.machine.describe`."""
     return table([(name, str(value)) for name, value in machine.items()])
 
 
 def as_json(outcomes: Sequence[Outcome], peak_bytes: int) -> dict[str, Any]:
-    """Everything that was measured, in seconds, bytes, operations and bytes a second."""
+    """Everything that was measured, in seconds, bytes, operations, and operations or bytes a second."""
     return {"process_peak_bytes": peak_bytes, "workloads": [_outcome_json(outcome) for outcome in outcomes]}
 
 

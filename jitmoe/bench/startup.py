@@ -1,4 +1,4 @@
-"""What comes before the first result: packing the weights, compiling a kernel, starting a process."""
+"""Measures what comes before the first result: packing the weights, compiling a kernel, starting a process."""
 
 import importlib
 import multiprocessing
@@ -25,18 +25,17 @@ from jitmoe.plan.shapes import plan_kernels
 from jitmoe.progress import track
 
 FEW_EXPERTS = 2
-"""Of the layer that a fresh process makes: its kernels are those of the workload, its weights are soon there."""
+"""Experts of the layer that a fresh process makes: few weights, and the kernels of the workload."""
 
 
 @dataclass(frozen=True)
 class Startup:
-    """Before the first result of a layer.
+    """Time before the first result of a layer.
 
     Attributes:
-        packing: time to construct the layer over that to clone the weights that it packs, of pairs in turn.
-        compilation: seconds of each kernel in an empty cache, alone, by its name.
-        process: seconds from the start of a process with all in its caches to a first result, less those of a process
-            that imports torch.
+        packing: time to construct the layer over the time to clone the weights that it packs.
+        compilation: seconds to compile each kernel alone, by its name.
+        process: seconds of a process with warm caches up to its first result, less those of one that imports torch.
     """
 
     packing: float
@@ -45,7 +44,11 @@ class Startup:
 
 
 def measure_startup(workload: Workload, isa: str, repeat: int) -> Startup:
-    """Measure all three for a layer of ``workload``."""
+    """Measure a layer of ``workload``; ratios and differences are medians over ``repeat`` alternating pairs.
+
+    Raises:
+        BenchError: a process failed, or another instruction set ran than was asked for.
+    """
     return Startup(
         _packing(workload, isa, repeat), _compilation(workload, isa), _process(workload, isa, max(repeat, 3))
     )
@@ -64,7 +67,7 @@ def _packing(workload: Workload, isa: str, repeat: int) -> float:
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    """Until ``function`` has returned; what it returned is let go later."""
+    """Seconds until ``function`` has returned; freeing its result does not count."""
     start = time.perf_counter()
     result = function()
     elapsed = time.perf_counter() - start
@@ -100,10 +103,10 @@ def first_result(workload: Workload, isa: str) -> None:
 
 
 def _process_seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of a fresh interpreter that calls ``function`` and ends.
+    """Seconds of a fresh interpreter that calls ``function`` and ends.
 
     Raises:
-        BenchError: if it fails.
+        BenchError: the process fails.
     """
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     start = time.perf_counter()

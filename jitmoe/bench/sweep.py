@@ -1,4 +1,4 @@
-"""Cost along one axis, everything else fixed: tokens, experts, LoRA rank or threads."""
+"""Measures the cost along one axis, tokens, experts, LoRA rank or threads, with everything else fixed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ VALUES: dict[str, tuple[int, ...]] = {
     "experts": (8, 16, 32, 64, 128),
     "rank": (0, 1, 4, 8, 16, 32, 64),
 }
-"""Points of each axis; with more experts the slots stay the same, and so does the arithmetic. Threads go from one to
-all CPUs."""
+"""Points of each axis. More experts share the same slots, so the arithmetic stays the same. Threads go from one to all
+CPUs."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sweep:
     points: tuple[Point, ...]
 
     def seconds(self, pass_name: str) -> list[float]:
-        """Median of each point."""
+        """Median seconds of each point."""
         return [_of_pass(point, pass_name)[0] for point in self.points]
 
     def roofline(self, pass_name: str) -> list[float]:
@@ -52,7 +52,7 @@ def run_sweep(axis: str, workload: Workload, options: Options, threads: int, qui
     """Measure our layer alone at every point of ``axis``; ``quick`` takes every second point.
 
     Raises:
-        BenchError: for an unknown axis.
+        BenchError: the axis is unknown; others as of :func:`~jitmoe.bench.measure.compare`.
     """
     points: list[Point] = []
     ceilings = None
@@ -60,7 +60,7 @@ def run_sweep(axis: str, workload: Workload, options: Options, threads: int, qui
     for value, variant, used in track(variants, len(variants), "point", lambda point: f"{axis} = {point[0]}"):
         torch.set_num_threads(used)
         if ceilings is None or ceilings.threads != used:
-            del ceilings  # before the next one takes its memory
+            del ceilings  # frees its memory before the next one takes as much
             ceilings = Ceilings(used)
         points.append(Point(value, compare(variant, replace(options, peers=()), ceilings), used))
     torch.set_num_threads(threads)
@@ -84,7 +84,7 @@ def sweep_table(sweep: Sweep) -> str:
 
 
 def sweep_json(sweep: Sweep) -> dict[str, object]:
-    """The same in seconds."""
+    """The sweep in seconds."""
     return {
         "axis": sweep.axis,
         "workload": sweep.workload.name,

@@ -1,7 +1,7 @@
-"""What this library set out to reach, and what it reaches on this machine: one run measures every line.
+"""Measures every target of this library on this machine, in one run.
 
-The targets are for a machine whose fastest instruction is the float32 multiply-add. Where there are dot products of
-bfloat16, ours have twice the ceiling to reach, and plain torch in bfloat16 is a stronger peer.
+The targets are for a machine whose fastest instruction is the float32 multiply-add. With dot products of bfloat16 our
+ceiling is twice as high, and plain torch in bfloat16 is a stronger peer.
 """
 
 import statistics
@@ -31,7 +31,7 @@ ROOFLINE = {
     ("W1", TRAINING): 0.90,
     ("W3", FORWARD): 0.90,
 }
-"""Least share of the roofline; of the read bandwidth where that is what bounds the work."""
+"""Least share of the roofline; it is that of the read bandwidth where memory bounds the work."""
 
 BF16, FLOAT32, PEFT = "torch bf16", "torch float32", "transformers + PEFT"
 PEER_NAMES = {BF16: ("torch-bf16", "grouped-bf16"), FLOAT32: ("torch-f32", "grouped-f32"), PEFT: ("peft",)}
@@ -55,12 +55,12 @@ FASTER = {
     ("W1", TRAINING, FLOAT32): 1.9,
     ("W1", TRAINING, PEFT): 100.0,
 }
-"""Least ratio of the time of the best of some peers to ours."""
+"""Least ratio of the time of the best peer of a kind to ours."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One target: what, the figure wanted and the one measured as they are printed, and whether it is met."""
+    """One target: its name, the figures wanted and measured as they are printed, and whether it is met."""
 
     what: str
     wanted: str
@@ -69,19 +69,22 @@ class Line:
 
 
 def measure_workloads(options: Options, threads: int) -> Iterator[Outcome]:
-    """Those of :data:`MEASURED`, as they come."""
+    """Measure the workloads of :data:`MEASURED`; errors as of :func:`~jitmoe.bench.measure.compare`."""
     ceilings = Ceilings(threads)
     for name in MEASURED:
         yield compare(find_workload(name), options, ceilings)
 
 
 def judge_targets(measured: Sequence[Outcome], options: Options, threads: int) -> list[Line]:
-    """Measure phases, memory and start of W2 too, and hold everything to the targets.
+    """Measure phases, memory and start-up of W2 too, and compare everything with the targets.
 
     Args:
-        measured: of :func:`measure_workloads`, all of them.
-        options: the same; with one instruction set.
+        measured: all outcomes of :func:`measure_workloads`.
+        options: those of ``measured``, with one instruction set.
         threads: of a call.
+
+    Raises:
+        BenchError: a measurement fails.
     """
     (isa,) = options.isas
     outcomes = {outcome.workload.name: outcome for outcome in measured}
@@ -105,7 +108,7 @@ def targets_table(lines: Sequence[Line]) -> str:
 
 
 def targets_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The same for other programs."""
+    """All lines for other programs."""
     return [asdict(line) for line in lines]
 
 
@@ -136,7 +139,7 @@ def _faster_lines(outcomes: Mapping[str, Outcome], isa: str) -> Iterator[Line]:
 
 
 def _shape_lines(outcomes: Mapping[str, Outcome], phases: Phases, isa: str) -> Iterator[Line]:
-    """Relations between measurements of our own."""
+    """Targets that relate measurements of our own layer."""
     skew = _ours(outcomes["W2z"], isa, FORWARD).flops / _ours(outcomes["W2"], isa, FORWARD).flops
     yield Line("W2z forward, speed over that of W2", ">= 0.9", f"{skew:.2f}", skew >= 0.9)
     forward, both = (_ours(outcomes["W2"], isa, name).median for name in (FORWARD, TRAINING))
@@ -148,7 +151,7 @@ def _shape_lines(outcomes: Mapping[str, Outcome], phases: Phases, isa: str) -> I
 
 
 def _other_lines(footprint: Footprint, startup: Startup, isa: str, threads: int) -> Iterator[Line]:
-    """Memory, and what comes before the first result."""
+    """Targets of memory, and of the time before the first result."""
     yield Line("W2 packing, over cloning the weights", "<= 2", f"{startup.packing:.2f}", startup.packing <= 2.0)
     slowest = max(startup.compilation.values())
     yield Line("one kernel, compiled", "<= 5 s", f"{slowest:.1f} s", slowest <= 5.0)

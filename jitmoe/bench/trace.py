@@ -1,4 +1,4 @@
-"""What a call of the layer really runs: which kernels, with how much scratch, and how long each step takes."""
+"""Notes what a call of the layer really runs: which kernels, with how much scratch, and for how long."""
 
 import time
 from collections import defaultdict
@@ -20,10 +20,14 @@ KERNEL_FORWARD, KERNEL_BACKWARD = "kernel forward", "kernel backward"
 
 @dataclass
 class Trace(Observer):
-    """Seconds by step, kernels that ran, and the largest scratch that was planned.
+    """Notes on calls.
 
-    With ``timed`` the kernels run as timed instances: ``phase_seconds`` are thread seconds by
-    :data:`jitmoe.jit.abi.PHASES`.
+    Attributes:
+        timed: the kernels run as timed instances.
+        seconds: by part of a call: planning, and the kernels of each pass.
+        shapes: kernels that ran.
+        scratch: bytes of the largest scratch that was planned.
+        phase_seconds: [len(PHASES)] float64 thread seconds by phase; zero unless ``timed``.
     """
 
     timed: bool = False
@@ -37,7 +41,7 @@ class Trace(Observer):
         self._planning = 0.0
 
     def planning(self) -> None:
-        """A pass begins."""
+        """Note when a pass begins."""
         self._planning = time.perf_counter()
 
     @contextmanager
@@ -56,7 +60,7 @@ class Trace(Observer):
         """The instruction set of the kernels that ran.
 
         Raises:
-            BenchError: if none ran, or those of several.
+            BenchError: no kernel ran, or kernels of several sets.
         """
         isas = {shape.isa for shape in self.shapes}
         if len(isas) != 1:
@@ -66,10 +70,7 @@ class Trace(Observer):
 
 @contextmanager
 def watch(timed: bool = False) -> Iterator[Trace]:
-    """Note what the layer runs inside the block.
-
-    Not for timing whole calls: the notes themselves take some microseconds.
-    """
+    """Note what layers run inside the block. A note takes some microseconds, so do not time whole calls here."""
     trace = Trace(timed)
     with observing(trace):
         yield trace

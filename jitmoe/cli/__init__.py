@@ -1,4 +1,4 @@
-"""The ``jitmoe`` command: one module a command, which holds options in and tables out and nothing else."""
+"""The ``jitmoe`` command. Each command is a module with its options and its tables, and nothing else."""
 
 from jitmoe.cli.app import main
 

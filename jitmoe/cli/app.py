@@ -1,4 +1,4 @@
-"""The ``jitmoe`` command: examine the machine, warm the cache, look at what is generated."""
+"""The ``jitmoe`` command: registers the commands and runs one."""
 
 import os
 import sys
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (head, less) went away. Python would complain once more when it flushes at exit.
+        # The reader (head, less) has ended. Python flushes at exit, and would fail again without this.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        # Not app(argv), which replaces the interpreter's hook for exceptions.
+        # app(argv) would replace the interpreter's hook for exceptions.
         typer.main.get_command(app).main(list(argv), prog_name="jitmoe")
     except JitmoeError as error:
         console.fail(str(error))

@@ -26,7 +26,7 @@ SIZES = {
     "rank": "lora-rank",
     "tokens": "tokens",
 }
-"""Field of :class:`~jitmoe.oracle.workloads.Workload` and option."""
+"""Field of :class:`~jitmoe.oracle.workloads.Workload`, and its option."""
 
 Size = Annotated[int | None, typer.Option(metavar="N", rich_help_panel="own sizes, instead of a named workload")]
 
@@ -123,7 +123,7 @@ def _isas(text: str) -> tuple[str, ...]:
 
 
 def _workloads(names: list[str], own: dict[str, Any], zipf: bool, mode: str) -> list[Workload]:
-    """The named ones, or one of the sizes given, or the default of the mode."""
+    """The workloads named, or one of the sizes given, or those that the mode takes by default."""
     if mode == "targets" and names:
         raise ConfigError("--targets has workloads of its own: give no names")
     if own and names:
@@ -145,7 +145,7 @@ def _check_one_isa(mode: str, workloads: list[Workload], isas: tuple[str, ...]) 
 
 
 def _check_files(mode: str, json_file: Path | None, plot: Path | None) -> None:
-    """Notice before the measurement what would fail after it."""
+    """Refuse before the measurement what would fail after it."""
     for path in filter(None, (json_file, plot)):
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")

@@ -1,4 +1,4 @@
-"""What each mode of ``jitmoe bench`` measures and prints; what it returns is for other programs."""
+"""What each mode of ``jitmoe bench`` measures and prints. Each returns its figures for ``--json``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from jitmoe.oracle.workloads import W6, WORKLOADS, Workload
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for; ``axis`` is that of a sweep, ``plot`` the file of a picture."""
+    """What the user asked for; ``axis`` is that of a sweep, ``plot`` the file of a picture."""
 
     workloads: list[Workload]
     options: Options
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Of a picture."""
+        """Title of a picture."""
         return f"{cpu.detect().model}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 

@@ -13,7 +13,7 @@ app = typer.Typer(help="Where compiled kernels are kept.")
 @app.command()
 def path() -> None:
     """Print the cache directory."""
-    # Its bytes as they are, for scripts, whatever the terminal can show.
+    # Scripts need the bytes of the path, whatever the terminal can show.
     typer.echo(os.fsencode(cache.location()))
 
 

@@ -1,4 +1,4 @@
-"""What commands print: tables, errors, and names that a terminal may not be able to show."""
+"""Prints for commands: tables, errors, and names that a terminal may be unable to show."""
 
 import io
 import sys
@@ -8,7 +8,7 @@ from jitmoe import text
 
 
 def table(rows: Sequence[Sequence[str]], head: bool = True) -> None:
-    """Print ``rows``, the first of them the head: lines and bold type on a terminal, else plain aligned text."""
+    """Print ``rows``, of which the first is the head, as a rich table on a terminal and as aligned text elsewhere."""
     if not sys.stdout.isatty():
         print(text.table(rows), flush=True)
         return
@@ -21,7 +21,7 @@ def table(rows: Sequence[Sequence[str]], head: bool = True) -> None:
         grid.add_column(title if head else "", overflow="fold")
     for row in rows[1 if head else 0 :]:
         grid.add_row(*row)
-    # Cells are names and paths: a bracket or a colon in them is no markup.
+    # Cells are names and paths, in which brackets and colons are no markup.
     Console(markup=False, emoji=False, highlight=False).print(grid)
 
 
@@ -31,6 +31,6 @@ def fail(message: str) -> None:
 
 
 def escape_unknown_characters() -> None:
-    """From now on stdout shows what its encoding lacks, as in names of files, escaped; else it would raise."""
+    """Let stdout escape characters that its encoding lacks, as in names of files, instead of raising."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -79,7 +79,7 @@ def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
 
 
 def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:
-    """The compiler, and whether it really compiles OpenMP code with our flags."""
+    """The compiler, and whether it compiles OpenMP code with our flags."""
     try:
         compiler = toolchain.find_compiler()
         rows = [("compiler", f"{compiler.path} ({compiler.identity})")]

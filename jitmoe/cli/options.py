@@ -1,4 +1,4 @@
-"""The options that make a config: shared by the commands that take one."""
+"""The options that make a config, for all commands that take one."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ def _option(text: str, metavar: str | None = "N") -> Any:
 
 @dataclass(frozen=True)
 class ConfigOptions:
-    """What the user gave; None hides nothing of what the file says. The fields but ``config`` are of MoEConfig."""
+    """What the user gave; None leaves a field to the file. All fields but ``config`` are those of MoEConfig."""
 
     config: Annotated[Path | None, _option("JSON object with fields of MoEConfig", "FILE.json")] = None
     num_experts: Annotated[int | None, _option("E, experts held by the layer")] = None
@@ -42,14 +42,18 @@ class ConfigOptions:
 
     @property
     def sizes_given(self) -> bool:
-        """Whether they describe a layer, by a file or by a size."""
+        """Whether the options describe a layer, by a file or by a size."""
         return self.config is not None or any(getattr(self, name) is not None for name in REQUIRED)
 
     def make(self, defaults: Mapping[str, Any] | None = None, **more: Any) -> MoEConfig:
-        """The config of options, file and ``defaults``, the first that says a field; ``more`` are options too.
+        """The config: each field is that of the options, else of the file, else of ``defaults``.
+
+        Args:
+            defaults: fields of MoEConfig.
+            more: options of one command; None is not given.
 
         Raises:
-            ConfigError: if a size is missing, or the file has a field that MoEConfig lacks.
+            ConfigError: a size is missing, a value is refused, or the file has a field that MoEConfig lacks.
         """
         given = {name: value for name, value in (asdict(self) | more).items() if value is not None}
         path = given.pop("config", None)
@@ -62,7 +66,7 @@ class ConfigOptions:
 
 
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with the options of :class:`ConfigOptions`, which reach it as one parameter ``config``."""
+    """``command`` with the options of :class:`ConfigOptions`, which it gets as one parameter ``config``."""
     hints = get_type_hints(ConfigOptions, include_extras=True)
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)

@@ -33,7 +33,7 @@ def replay(
     again = Replay(read_recording(file, lora_alpha), isa)
     print(again.summary())
     if trace:
-        # Before the comparison, which takes much longer.
+        # The comparison takes much longer, so it comes later.
         report = again.trace()
         print(f"\n{again.expert_numbers(report)}{report.table()}\n", flush=True)
         if plot is not None:
@@ -45,7 +45,7 @@ def show_comparison(again: "Replay", traced: bool) -> None:
     """Print our results beside the others.
 
     Raises:
-        typer.Exit: with 1 if a result is outside the error rule; a NaN that came with the call is no fault of ours.
+        typer.Exit: with 1 if a result is outside the error rule. A NaN that came with the call is within it.
     """
     from jitmoe.inspect.replay import conclusion
 
@@ -59,7 +59,7 @@ def show_comparison(again: "Replay", traced: bool) -> None:
 
 
 def _check_plot(plot: Path | None, trace: bool) -> None:
-    """Notice before the call is computed what would fail after it."""
+    """Refuse before the call is computed what would fail after it."""
     if plot is None:
         return
     if not trace:

@@ -1,1 +1,1 @@
-"""Numba functions of the host: routing, row movement, scans for what is not finite."""
+"""Numba functions of the host: routing, moving rows, and scans for values that are not finite."""

@@ -12,7 +12,7 @@ from jitmoe.errors import InputError, InputTypeError
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Slots sorted by expert; T tokens, K slots each, A experts with rows, S rows (slots that are kept).
+    """Slots sorted by expert: T tokens with K slots each, A experts with rows, S rows (slots that are kept).
 
     All arrays are contiguous int64. Slot ``t * K + k`` is the k-th choice of token t.
 
@@ -29,7 +29,7 @@ class Route:
     row_slot: np.ndarray
 
     def absent(self, num_experts: int) -> Iterator[tuple[int, int]]:
-        """Ranges ``begin, end`` of the experts that have no rows, ascending."""
+        """Ranges ``begin, end`` of the experts without rows, ascending."""
         for before, active in pairwise((-1, *self.active.tolist(), num_experts)):
             if active - before > 1:
                 yield before + 1, active
@@ -41,11 +41,11 @@ def route(topk_ids: np.ndarray, num_experts: int, allow_skip: bool = False) -> R
     Args:
         topk_ids: [T, K] int64 or int32 expert ids, any strides; T = 0 is fine.
         num_experts: E; ids lie in [0, E).
-        allow_skip: a slot whose id lies outside [0, E) is left out instead of refused.
+        allow_skip: leave a slot out whose id lies outside [0, E), instead of refusing it.
 
     Raises:
-        InputTypeError: if ``topk_ids`` is not int64 or int32.
-        InputError: if it is not 2-D, or naming the first id outside [0, E) without ``allow_skip``.
+        InputTypeError: ``topk_ids`` is not int64 or int32.
+        InputError: ``topk_ids`` is not 2-D, or has an id outside [0, E) without ``allow_skip``.
     """
     if topk_ids.dtype not in (np.int64, np.int32):
         raise InputTypeError(f"topk_ids must be int64 or int32, got {topk_ids.dtype}")
@@ -94,7 +94,7 @@ def _count_rows(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _row_ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``active`` and ``offsets`` of :class:`Route`; turns ``counts`` into each expert's first row."""
+    """``active`` and ``offsets`` of :class:`Route`; overwrites ``counts`` with each expert's first row."""
     active = np.empty(np.count_nonzero(counts), np.int64)
     offsets = np.zeros(active.size + 1, np.int64)
     index = 0

@@ -1,4 +1,4 @@
-"""Census of a matrix, whole or piece by piece: what is not finite, where the first of it is, the range of the rest."""
+"""Census of a matrix, whole or piece by piece: values that are not finite, and the range of the others."""
 
 import math
 from dataclasses import dataclass
@@ -54,16 +54,16 @@ _FORMATS = {
 
 
 def scan(values: np.ndarray) -> Scan:
-    """Count and locate what is not finite in ``values``, and measure the rest.
+    """Count and locate the values that are not finite, and measure the others.
 
-    All but ``absmean`` come from the bits alone: a flush-to-zero mode that some library left on changes nothing.
+    All figures but ``absmean`` come from the bits alone, whatever flush-to-zero mode a library left on.
 
     Args:
         values: 2-D, any strides; float32, float64, or uint16 holding bfloat16 bits.
 
     Raises:
-        InputTypeError: for any other dtype.
-        InputError: if ``values`` is not 2-D.
+        InputTypeError: ``values`` has another dtype.
+        InputError: ``values`` is not 2-D.
     """
     if values.dtype not in _FORMATS:
         raise InputTypeError(f"values must be float32, float64 or uint16 (bfloat16 bits), got {values.dtype}")
@@ -86,11 +86,11 @@ def scan(values: np.ndarray) -> Scan:
 
 
 RECORD = ("size", "nan", "inf", "zero", "row", "column", "minimum", "maximum", "magnitude")
-"""Fields of a record, doubles all: a census that grows piece by piece. ``magnitude`` is the sum over finite values."""
+"""Fields of a record, float64 each: a census that grows piece by piece. ``magnitude`` sums those of finite values."""
 
 
 def empty_records(*extent: int) -> npt.NDArray[np.float64]:
-    """Records [*extent, len(RECORD)] of tensors of which nothing was seen yet."""
+    """Records [*extent, len(RECORD)] float64 of tensors of which nothing was seen yet."""
     records = np.zeros((*extent, len(RECORD)))
     records[..., RECORD.index("row")] = -1
     records[..., RECORD.index("minimum")] = math.inf
@@ -99,7 +99,7 @@ def empty_records(*extent: int) -> npt.NDArray[np.float64]:
 
 
 def read_record(record: npt.NDArray[np.float64]) -> Scan:
-    """The census that a record of :func:`empty_records` has grown to."""
+    """The census in ``record``, one [len(RECORD)] of :func:`empty_records`."""
     size, nan, inf, zero, row, column = (int(value) for value in record[:6])
     low, high, total = record[6:].tolist()
     finite = size - nan - inf
@@ -116,11 +116,11 @@ def read_record(record: npt.NDArray[np.float64]) -> Scan:
 
 
 def observe_address() -> int:
-    """Address of the function that adds a piece of a float32 tensor to its record; see :data:`_OBSERVE`.
+    """Address of a C function that adds a piece of a float32 tensor to its record.
 
     ``void (double* record, const float* values, int64_t row, int64_t rows, int64_t column, int64_t columns,
-    int64_t row_stride, int64_t column_stride)``: the piece begins at (row, column) of the tensor; one of the strides,
-    in elements, is 1. Pieces of one record must come one after the other.
+    int64_t row_stride, int64_t column_stride)``: the piece of rows x columns values begins at (row, column) of the
+    tensor. Strides are in elements, and one of them is 1. Only one thread at a time may add to a record.
     """
     return int(compile_callback(_observe_at, _OBSERVE).address)
 
@@ -141,8 +141,8 @@ def _scan(
 ) -> tuple[int, int, int, int, int, int, float]:
     """Counts of NaN, infinity, zero; first non-finite index or -1; least and greatest sort key; sum of magnitudes.
 
-    The sort key of a number is an integer that orders as the numbers do: the magnitude's bits, complemented
-    under a minus sign. ``floats`` is the same matrix as numbers, None if ``bits`` are bfloat16's.
+    The sort key of a number is an integer in the order of the numbers: the bits of the magnitude, complemented under a
+    minus sign. ``floats`` is the same matrix as numbers, or None where ``bits`` are those of bfloat16.
     """
     nan = inf = zero = 0
     first = -1
@@ -181,7 +181,7 @@ _OBSERVE = "void(CPointer(float64), voidptr, int64, int64, int64, int64, int64, 
 def _observe_at(
     record: Any, values: Any, row: int, rows: int, column: int, columns: int, row_stride: int, column_stride: int
 ) -> None:
-    # Arrays over whole strides, cut to what is inside: carray knows contiguous ones only.
+    # carray makes contiguous arrays only: take whole strides, and cut them to the piece.
     if column_stride == 1:
         floats = carray(values, (rows, row_stride), np.float32)[:, :columns]
         bits = carray(values, (rows, row_stride), np.int32)[:, :columns]

@@ -1,7 +1,7 @@
-"""Row movement between token order and expert order, for the threads of the kernels.
+"""Moves rows between token order and expert order, for the threads of the kernels.
 
-``gather_rows`` and ``sum_rows`` are transposes of each other. The kernels call them through C function
-pointers from their own threads, so there is no second thread pool; Python can call them on arrays.
+``gather_rows`` and ``sum_rows`` are transposes of each other. The kernels call them through C function pointers from
+their own threads, so there is no second thread pool. Python can call them on arrays.
 """
 
 import functools
@@ -19,10 +19,10 @@ _SUM_ROWS = (
     "int64, int64, int64, int64, CPointer(float32), int64)"
 )
 
-# A signed index may be negative and wrap around in NumPy's sense; that test keeps LLVM from vectorising.
+# Numba tests whether a signed index is negative, as NumPy counts those from the end; the test prevents vector code.
 _unsigned = np.uintp
 
-# Inlined into their C entry: arrays travel as some 20 stack words, which costs as much as a row of 32 columns.
+# Inlined into their C entry: to pass the arrays takes some 20 stack words, as long as a row of 32 columns.
 _jit = njit(cache=True, nogil=True, forceinline=True)
 
 
@@ -32,7 +32,7 @@ def gather_rows(x: np.ndarray, row_token: np.ndarray, column: int, columns: int,
 
     Args:
         x: [T, >= column + columns] uint16 (bfloat16 bits).
-        row_token: [S] int64, within [0, T): :func:`jitmoe.host.route.route` has checked it, this does not.
+        row_token: [S] int64 within [0, T), not checked here: :func:`jitmoe.host.route.route` did.
         column: first column of x to copy.
         columns: number of columns to copy.
         out: [S, >= columns] uint16; columns beyond ``columns`` are left alone.
@@ -56,13 +56,13 @@ def sum_rows(
 ) -> None:
     """Add each row to its token: out[row_token[r], column + c] += row_weight[r] * values[r, c].
 
-    Rows are added in ascending order and product and sum are rounded one after the other, so the result
-    is a function of the inputs alone.
+    Rows are added in ascending order, and product and sum are rounded separately, so the result depends on the inputs
+    alone.
 
     Args:
         values: [S, >= columns] float32.
-        row_token: [S] int64, within [0, T): :func:`jitmoe.host.route.route` has checked it, this does not.
-        row_weight: [S] float32, read only if ``weighted``.
+        row_token: [S] int64 within [0, T), not checked here: :func:`jitmoe.host.route.route` did.
+        row_weight: [S] float32 routing weights, read only if ``weighted``.
         weighted: multiply by ``row_weight``; else values are added as they are.
         column: first column of out to add to.
         columns: number of columns to add.
@@ -105,7 +105,7 @@ _compiling = Lock()
 
 
 def compile_callback(function: Callable[..., None], signature: str) -> Any:
-    """The Numba cfunc of a module-level ``function``, compiled once a process; it lives as long as the process."""
+    """The Numba cfunc of a module-level ``function``, compiled once and kept for the life of the process."""
     # functools.cache alone lets two threads compile at once and then drops one result, whose address is in use.
     with _compiling:
         return _compile_once(function, signature)
@@ -116,8 +116,8 @@ def _compile_once(function: Callable[..., None], signature: str) -> Any:
     return cfunc(signature, cache=True)(function)
 
 
-# In a C-contiguous array only the trailing dimension enters an address, so the leading one of an array that
-# is indexed by token, which C does not pass, may be anything.
+# C does not pass T, the leading dimension of the arrays that are indexed by token. Any number will do: addresses in a
+# C-contiguous array do not depend on it.
 
 
 def _gather_rows_at(

@@ -1,1 +1,1 @@
-"""Those who look: tracing, checking, capturing, replaying and judging calls."""
+"""Looks into calls: traces, checks, captures, replays and judges them."""

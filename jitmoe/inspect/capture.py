@@ -1,4 +1,4 @@
-"""One call of a layer in one file: everything that it takes to compute it again elsewhere."""
+"""Captures a call of a layer in a file, with everything that it takes to compute the call again elsewhere."""
 
 import logging
 import os
@@ -21,15 +21,15 @@ from jitmoe.version import __version__
 log = logging.getLogger(__name__)
 
 FORMAT = "jitmoe capture 1"
-"""Value of ``format`` in every file; another one is another version of the fields."""
+"""Value of ``format`` in every file. Raise the number when the fields change."""
 
 MOST_FILES = 8
-"""Files that :data:`ON_NONFINITE` writes: after a parameter has become NaN so does every call, and a file is large."""
+"""Most files that :data:`ON_NONFINITE` writes. A file is large, and a NaN in a parameter spoils every call."""
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """One call under way: the layer, x [T, H], topk_ids and weights [T, K], the LoRA tensors by name, out [T, H]."""
+    """One call: the layer, x [T, H], topk_ids and weights [T, K], the LoRA tensors by name, and out [T, H]."""
 
     layer: MoELayer
     x: Tensor
@@ -39,7 +39,7 @@ class Captured:
     out: Tensor
 
     def content(self, backward: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the file holds: plain values and tensors. Experts that no token chose are left out."""
+        """What the file holds: plain values and tensors, without the experts that no token chose."""
         config, lora = self.layer.config, self.lora
         kept = self.topk_ids[(self.topk_ids >= 0) & (self.topk_ids < config.num_experts)]
         active: Tensor = torch.unique(kept)
@@ -61,12 +61,16 @@ class Captured:
 
 @dataclass
 class Capture:
-    """What a layer was asked to capture.
+    """A request to capture calls of a layer.
 
     Attributes:
-        path: of the file; from the second one on a number is added to its name.
+        path: of the first file; the names of later files end in a number.
         when: :data:`NEXT_CALL` or :data:`ON_NONFINITE`.
-        files: written so far.
+        files: files written so far.
+
+    Raises:
+        ConfigError: ``when`` is neither.
+        CaptureError: ``path`` cannot be written.
     """
 
     path: Path
@@ -86,7 +90,7 @@ class Capture:
         return len(self.files) >= (1 if self.when == NEXT_CALL else MOST_FILES)
 
     def attach(self, layer: nn.Module) -> None:
-        """See the calls of ``layer`` from now on; a capture that was attached to it before is gone."""
+        """Capture calls of ``layer`` from now on, in place of a capture that was attached before."""
         for key, hook in list(layer._forward_hooks.items()):
             if isinstance(hook, Capture):
                 del layer._forward_hooks[key]
@@ -94,13 +98,17 @@ class Capture:
         layer.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, layer: MoELayer, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: Tensor) -> None:
-        """Write the call if it is asked for: now and, with what backward adds, after it."""
+        """Write the call if it is wanted: now and, with the gradients, once more after backward.
+
+        Raises:
+            CaptureError: the file cannot be written.
+        """
         if self.finished:
             return
         given = dict(zip(("x", "topk_ids", "weights"), args, strict=False)) | dict(kwargs)
         x, topk_ids, weights = (given[name].reshape(-1, given[name].shape[-1]) for name in ("x", "topk_ids", "weights"))
         lora = {name: layer.get_parameter(name) for name in LORA_NAMES if layer.config.lora_rank}
-        # Copies, because users may change both in place; autograd itself sees to the other tensors.
+        # Users may change these two in place. Of the other tensors autograd notices that.
         ids, result = topk_ids.long().clone(), out.detach().reshape(-1, out.shape[-1]).clone()
         call = Captured(layer, x, ids, weights, lora, result)
         written = [self._write(call, {})] if self._wants({"out": result}) else []
@@ -137,7 +145,7 @@ class Capture:
 
 
 def node_of(out: Tensor) -> Any:
-    """The layer's own node in the graph of its result; reshapes come after it."""
+    """The layer's node in the autograd graph of its result; reshapes come after it."""
     node: Any = out.grad_fn
     while not node.name().startswith("MoEFunction"):
         node = node.next_functions[0][0]

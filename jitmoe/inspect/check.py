@@ -1,4 +1,4 @@
-"""Is the layer right, and how fast is it: on random data of any sizes."""
+"""Checks that the layer is right, and how fast it is, on random data of any sizes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ SEED = 0
 
 
 def make_call(config: MoEConfig, tokens: int) -> Inputs:
-    """A call with random weights, inputs and routing, the same in every run; B is not zero."""
+    """A call of ``tokens`` tokens with random weights, inputs and routing, the same in every run; B is not zero."""
     generator = torch.Generator().manual_seed(SEED)
     workload = _workload(config, tokens)
     base, lora = make_base(workload, generator), make_lora(workload, generator)
@@ -46,19 +46,24 @@ def make_layer(config: MoEConfig, inputs: Inputs) -> MoELayer:
 
 
 def comparisons(layer: MoELayer, inputs: Inputs) -> Iterator[tuple[str, Comparison]]:
-    """``layer`` held to the error rule with B zero and not zero, and the name of each."""
+    """``layer`` held to the error rule, with B zero and with B not zero; each comparison with its name."""
     for what, variant in _variants(inputs):
         yield what, compare(layer, variant)
 
 
 def measure_speed(config: MoEConfig, tokens: int) -> Outcome:
-    """Both passes beside this machine's ceilings, on all threads of torch."""
+    """Measure both passes beside this machine's ceilings, on all threads of torch.
+
+    Raises:
+        IsaError: the config names an instruction set that cannot run here.
+        BenchError: another instruction set ran.
+    """
     options = Options((resolve_isa(config.requested_isa),), lora_dtype=config.lora_dtype)
     return measure(_workload(config, tokens), options, Ceilings(torch.get_num_threads()))
 
 
 def _variants(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """At the start of training B is zero: the layer equals its base, and A has no gradient yet."""
+    """At the start of training B is zero: the layer equals its base, and the gradients of A are zero."""
     if inputs.lora is None:
         yield "no LoRA", inputs
         return

@@ -1,4 +1,4 @@
-"""Checked calls: what a kernel told of its scratch, held against the plan. See templates/watch/checked.hpp."""
+"""Checked calls: compares how a kernel used its scratch with the plan. See templates/watch/checked.hpp."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ FAULTS = {
 
 
 class Checker(Observer):
-    """Runs calls on checked kernels and holds them to the plan of their scratch."""
+    """Runs calls on checked kernels, which are held to the plan of their scratch."""
 
     watch: Watch = "memory"
 
@@ -33,8 +33,8 @@ class Checker(Observer):
         """Check one pass.
 
         Raises:
-            PlanError: where a step used scratch otherwise than planned: names the buffer, the step, the bytes and
-                whose they are.
+            PlanError: a step used scratch otherwise than planned; the message names the buffer, the step, the bytes and
+                their owner.
         """
         with checking(launch.plan, launch.arena, STEPS[launch.pass_name]) as checks:
             launch.record["checks"] = checks
@@ -46,15 +46,15 @@ STEPS = {"forward": FORWARD_STEPS, "backward": BACKWARD_STEPS}
 
 @contextmanager
 def checking(plan: ScratchPlan, arena: int, steps: Sequence[str]) -> Iterator[int]:
-    """Address of the ``Checks`` with which a checked instance is held to ``plan``.
+    """Address of a ``Checks``, which holds a checked instance to ``plan`` inside the block.
 
     Args:
-        plan: scratch of the call, placed with room for canaries.
+        plan: scratch of the pass, placed with room for canaries.
         arena: address of the scratch.
         steps: names of the steps of the pass.
 
     Raises:
-        PlanError: at the end of the block, see :class:`Checker`.
+        PlanError: at the end of the block, see :meth:`Checker.around`.
     """
     lives = _lives(plan)
     owners = np.zeros(plan.nbytes // ALIGNMENT, np.uint32)

@@ -1,4 +1,4 @@
-"""Where a wrong layer goes wrong: one expert at a time and one step at a time, against the oracle."""
+"""Finds where a wrong layer goes wrong: compares it with the oracle, expert by expert and step by step."""
 
 import copy
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ LAST_STEPS = (
     "out", "weights", "down_lora_b", "down_lora_a",
     "gate_lora_b", "up_lora_b", "gate_lora_a", "up_lora_a", "x",
 )  # fmt: skip
-"""Results in the order in which the kernels compute them, after gate and up: an error shows in those that follow."""
+"""Results after gate and up, in the order in which the kernels compute them: an error spreads to those that follow."""
 
 
 LEAST_ROWS = 32
-"""Random tokens are added to those of an expert up to this many: from fewer no rms is to be had."""
+"""Rows that random tokens bring an expert to, because the rms of fewer rows says nothing."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One expert on its own, or with ``expert`` None all of them in the call as it is."""
+    """Verdicts on one expert alone; with ``expert`` None, on the call as it is."""
 
     expert: int | None
     verdicts: list[Verdict]
@@ -46,11 +46,11 @@ class Stage:
 
 
 def stages(layer: MoELayer, inputs: Inputs) -> Iterator[Stage]:
-    """Each chosen expert on its own, then the call as it is.
+    """Each chosen expert alone, then the call as it is.
 
-    An expert computes its own tokens with routing weight 1, in the kernel that the call would take, and is judged by
-    the SMALL limits: with its few rows both our errors and torch's are luck, and gate and up, which both store after
-    rounding them, cannot be better than torch's. The last stage is judged as any call.
+    An expert computes its tokens with routing weight 1, on the kernel that the call would take. The SMALL limits judge
+    it: with few rows our errors and torch's are luck, and gate and up, which both round before they store them, cannot
+    be better than torch's. The last stage is judged as any call.
     """
     inputs = as_operands(inputs)
     probe = _probe(layer, inputs)
@@ -60,7 +60,7 @@ def stages(layer: MoELayer, inputs: Inputs) -> Iterator[Stage]:
 
 
 def _probe(layer: MoELayer, inputs: Inputs) -> MoELayer:
-    """``layer`` for calls with one expert per token: the same weights and the one kernel that ``inputs`` takes."""
+    """``layer`` for calls with one expert per token, with the same weights and the kernel that ``inputs`` takes."""
     kept = inputs.topk_ids[inputs.kept()]
     shape = plan_kernels(layer.config, layer.isa).select(kept.numel(), torch.unique(kept).numel())
     probe = copy.copy(layer)
@@ -76,7 +76,7 @@ def _expert_verdicts(probe: MoELayer, inputs: Inputs, expert: int) -> list[Verdi
     x, dout = (torch.cat([t[tokens], noise_like(t, filler, generator)]) for t in (inputs.x, inputs.dout))
     ids = torch.full((len(x), 1), expert)
     alone = replace(inputs, x=x, dout=dout, topk_ids=ids, weights=torch.ones(len(x), 1))
-    results = compare(probe, alone, coarse=True).verdicts  # writes the LoRA values, which the next line needs
+    results = compare(probe, alone, coarse=True).verdicts  # also writes the LoRA values that _before_activation needs
     return _before_activation(probe, alone, expert) + _in_order(results)
 
 
@@ -90,7 +90,7 @@ def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verd
     verdicts = []
     for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
-        strips = saved[f"{name}.saved"].transpose(0, 1)  # the last one padded
+        strips = saved[f"{name}.saved"].transpose(0, 1)  # the last strip is padded
         ours = strips.flatten(1)[:, : oracle.shape[1]]
         error = (plain.double() - oracle).flatten()
         verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))

@@ -1,4 +1,7 @@
-"""A recorded call, read from its file: that of ``layer.capture()``, or that of the log's own format."""
+"""Reads a recorded call from a file of ``layer.capture()``, or of the format in which the ancestor logged calls.
+
+Messages call the second one the format of the log: a dict of tensors with the keys of :data:`LOG_KEYS`.
+"""
 
 import dataclasses
 import pickle
@@ -24,7 +27,7 @@ LOG_KEYS = {
     "intermediate_size": "intermediate_size",
     "top_k": "num_experts_per_tok",
 }
-"""Field of MoEConfig and key of the log's own format."""
+"""Field of MoEConfig, and its key in the format of the log."""
 
 LOAD_ERRORS = (
     *(AttributeError, EOFError, ImportError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
@@ -38,12 +41,12 @@ class Recording:
     """A call from a file.
 
     Attributes:
-        config: of the layer that computes it; with as many experts as the file holds.
+        config: of a layer with the experts of the file.
         inputs: of the call.
-        isa: it was computed on; None where the file does not say.
-        results: what was computed then, as far as the file says.
-        experts: numbers that the experts of the file had in the layer that was recorded.
-        notes: what was assumed or where the call comes from, for people.
+        isa: instruction set of the recorded layer; None where the file does not say.
+        results: what the recorded layer computed, as far as the file says.
+        experts: for each expert of the file, its id in the recorded layer.
+        notes: where the call comes from and what was assumed, for people.
     """
 
     config: MoEConfig
@@ -55,14 +58,15 @@ class Recording:
 
 
 def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
-    """Read a file of ``layer.capture()``, or of the log's own format.
+    """Read a file of ``layer.capture()``, or of the format of the log.
 
     Args:
         path: the file; nothing in it is executed.
-        lora_alpha: for a file of the log's format that does not say.
+        lora_alpha: replaces that of a file in the format of the log.
 
     Raises:
-        CaptureError: no such file, or none of these formats.
+        CaptureError: there is no such file, or it is damaged or has another format.
+        ConfigError: the file's sizes make no layer.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +93,7 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     experts: Tensor = content["experts"]
     if not experts.numel():
         raise CaptureError("no expert was chosen in the captured call: there is nothing to compute")
-    # An expert's place in the file; what no file holds was skipped in the call.
+    # An expert's place in the file, or -1: the call skipped the slots of experts that the file lacks.
     place = torch.full((config.num_experts,), -1)
     place[experts] = torch.arange(experts.numel())
     ids: Tensor = content["topk_ids"]
@@ -134,7 +138,7 @@ def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording
 
 
 def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> Inputs:
-    """The call of a layer of ``config``. The layer looks at all but LoRA and the gradient of out itself."""
+    """The call of a layer of ``config``. LoRA and the gradient of out are checked here, the rest by the layer."""
     wide = _tensor(content, "x")
     x = wide.reshape(-1, wide.shape[-1])
     if not len(x):
@@ -164,7 +168,7 @@ def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> 
 
 
 def _lora(content: Mapping[str, Any]) -> LoraTensors | None:
-    """All six tensors, or None where the file has none of them."""
+    """All six LoRA tensors, or None where the file has none of them."""
     if all(content.get(name) is None for name in LoraTensors._fields):
         return None
     return LoraTensors(*(_tensor(content, name) for name in LoraTensors._fields))

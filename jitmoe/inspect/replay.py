@@ -1,4 +1,4 @@
-"""A recorded call, computed again: float64 oracle, plain bfloat16 torch and our layer side by side."""
+"""Computes a recorded call again: float64 oracle, plain bfloat16 torch and our layer side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Figures:
         nonfinite: values of the result that are NaN or infinite.
         largest: largest difference.
         mean: mean magnitude of the difference.
-        relative: ``mean`` over the mean magnitude of the oracle.
+        relative: ``mean`` over the mean magnitude of the oracle; 0 where that is 0.
     """
 
     nonfinite: int
@@ -46,7 +46,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Three computations of the same call: figures by result, and the verdicts on ours."""
+    """Three computations of one call: figures of each by result, and verdicts on ours."""
 
     oracle: Mapping[str, Figures]
     plain: Mapping[str, Figures]
@@ -60,11 +60,11 @@ class Comparison:
 
     @property
     def oracle_is_finite(self) -> bool:
-        """Whether float64 gives nothing but finite values: a NaN may have come with the call."""
+        """Whether float64 gives only finite values; if not, the call itself has values that are not finite."""
         return not any(figures.nonfinite for figures in self.oracle.values())
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Of the table, its head first."""
+        """Rows of the table; the first is its head."""
         head = ("result", *(f"NaN/Inf {who}" for who in ("oracle", "torch", "jitmoe")))
         figures_of = ("max|d|", "mean|d|", "mean|d|/mean|ref|", "torch's")
         rows: list[tuple[str, ...]] = [(*head, *figures_of, "rms / torch's", "max / torch's", "verdict")]
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def conclusion(faults: Sequence[str]) -> str:
-    """What stands under the last comparison: how to read it, and whether anything is outside the error rule."""
+    """Text under the last comparison: how to read it, and whether a result is outside the error rule."""
     verdict = f"outside the error rule: {', '.join(faults)}" if faults else "within the error rule"
     return (
         "d: result - ref, where ref is computed in float64 and torch's result in plain bfloat16. rms and max: errors\n"
@@ -96,7 +96,10 @@ def conclusion(faults: Sequence[str]) -> str:
 
 
 def compare(layer: MoELayer, inputs: Inputs, coarse: bool = False) -> Comparison:
-    """Hold ``layer``, with the LoRA values of ``inputs``, to the error rule; ``coarse`` is quicker and less strict."""
+    """Hold ``layer`` to the error rule, with the LoRA values of ``inputs``, which it keeps.
+
+    ``coarse`` takes the SMALL limits for every result, and compares with plain torch on this call alone.
+    """
     inputs = as_operands(inputs)
     oracle = results_of_reference(inputs, torch.float64)
     plain = results_of_reference(inputs, torch.bfloat16)
@@ -115,32 +118,36 @@ class Replay:
 
     Args:
         recording: the call.
-        isa: instruction set; by default that of the recording where it is usable, else the best one.
+        isa: instruction set; by default that of the recording if it is usable, else the best one.
+
+    Raises:
+        IsaError: ``isa`` cannot run here.
+        JitmoeError: the layer refuses the recorded weights.
     """
 
     def __init__(self, recording: Recording, isa: str | None = None) -> None:
         isa = isa or _isa_of(recording)
-        # A register block that was forced belongs to its instruction set.
+        # A forced register block fits only the instruction set that it was forced for.
         m_step = recording.config.m_step if isa == recording.isa else None
         config, inputs = replace(recording.config, isa=cast(IsaChoice, isa), m_step=m_step), recording.inputs
         self.recording = recording
         self.layer = MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
 
     def summary(self) -> str:
-        """Sizes and layer, what is to be said of the recording, and whether its bits come out again."""
+        """Sizes and layer, the notes of the recording, and whether the same bits come out again."""
         inputs = self.recording.inputs
         sizes = f"{inputs.topk_ids.shape[0]} tokens, {int(inputs.kept().sum())} slots, {self.layer}"
         reproduction = [self._reproduction()] if self.recording.results else []
         return "\n".join([sizes, *self.recording.notes, *reproduction])
 
     def trace(self) -> Report:
-        """The report of both passes on the recorded values; those of the comparison are rounded."""
+        """Trace both passes on the recorded values, which :meth:`compare` would round to bfloat16."""
         with trace() as report:
             results_of_layer(self.layer, self.recording.inputs)
         return report
 
     def expert_numbers(self, report: Report) -> str:
-        """Which experts of the recorded layer the numbers in ``report`` mean; "" where they are the same."""
+        """Which experts of the recorded layer the numbers in ``report`` stand for; "" where they are the same."""
         experts = self.recording.experts
         if experts == tuple(range(len(experts))):
             return ""

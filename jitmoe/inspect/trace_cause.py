@@ -1,4 +1,4 @@
-"""What brought a value that is not finite: the steps of both passes, what each reads, and the first that is bad."""
+"""Finds the cause of a value that is not finite, from the steps of both passes and what each step reads."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,17 @@ import numpy.typing as npt
 from jitmoe.inspect.trace_report import PARAMETER, STEP, Finding, Record, held_before
 
 LARGEST = 3.3895313892515355e38
-"""Largest finite bfloat16: what is beyond it is infinite once it is rounded."""
+"""Largest finite bfloat16. Rounding makes larger values infinite."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a pass.
+    """One computation of a pass, as records name it; the kernels do several of them in one step.
 
     Attributes:
         name: of the step and of its result.
-        products: products of earlier steps and parameters that the result is a sum of; none for what comes with the
-            call.
-        axis: which axis of the parameters [out, in] the columns of the result run along.
+        products: the result is a sum of these products of earlier results and parameters; none for an input.
+        axis: axis of the parameters [out, in] along which the columns of the result run.
     """
 
     name: str
@@ -30,9 +29,9 @@ class Step:
 
 
 def _forward_steps(again: str = "") -> list[Step]:
-    """Those that backward has once more, with ``again`` behind their names."""
+    """Steps of forward that backward has once more, with ``again`` behind their names."""
     x, act = f"x{again}", f"act{again}"
-    # x before the routing weights: a router makes them from it.
+    # A router makes the routing weights from x, so x comes first.
     steps = [Step(x), Step("weights")]
     for name in ("gate", "up"):
         steps += [
@@ -80,7 +79,7 @@ BACKWARD: tuple[Step, ...] = (
 )
 
 STEPS = {"forward": FORWARD, "backward": BACKWARD}
-"""Steps of a pass in the order of the computation: each stands behind all that it reads."""
+"""Steps of a pass in the order of the computation: each comes after all that it reads."""
 
 AXES = {"proj": ("out", "in"), "lora_a": ("rank", "in"), "lora_b": ("out", "rank")}
 """Axes of a parameter of one expert, by the end of its name."""
@@ -88,13 +87,14 @@ AXES = {"proj": ("out", "in"), "lora_a": ("rank", "in"), "lora_b": ("out", "rank
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of one call.
+    """All that is known of one pass.
 
     Attributes:
         pass_name: "forward" or "backward".
-        records: of the call, in the order of :data:`STEPS`.
-        bad_weights: by parameter and expert, [rows, columns] which values are not finite; absent where all are.
-        terms: most terms of any sum of the call, times the LoRA scale where that is more than 1.
+        records: of the pass, those of steps in the order of :data:`STEPS`.
+        bad_weights: by parameter and expert, [rows, columns] bool, True where a value is not finite. A parameter that
+            is all finite is left out.
+        terms: most terms of any sum, times the LoRA scale where that exceeds 1.
     """
 
     pass_name: str
@@ -104,9 +104,9 @@ class Evidence:
 
 
 def find_first(evidence: Evidence) -> Finding | None:
-    """The first record of a step, in the order of the computation, that is not finite, and its cause.
+    """The first step, in the order of the computation, whose record is not finite, and the cause; None if all are.
 
-    All that it reads stands before it and is finite, unless it is a parameter.
+    All earlier results that the step reads are finite, so the cause is a parameter, an overflow or the kernel.
     """
     record = next((r for r in evidence.records if r.kind == STEP and r.bad), None)
     if record is None:
@@ -132,7 +132,7 @@ def find_first(evidence: Evidence) -> Finding | None:
 
 
 def _cause(step: Step, record: Record, evidence: Evidence) -> tuple[str, str]:
-    """The word and the words behind it."""
+    """The cause as one word, and as a clause."""
     if not step.products:
         return "input", "it came with the call"
     culprit = _bad_weight(step, record, evidence)
@@ -152,7 +152,7 @@ def _cause(step: Step, record: Record, evidence: Evidence) -> tuple[str, str]:
 
 
 def _bad_weight(step: Step, record: Record, evidence: Evidence) -> str | None:
-    """The value of a parameter that reaches the first bad column of ``record``; None if they are finite."""
+    """A parameter's value that reaches the first bad column of ``record`` and is not finite, or None."""
     if record.expert is None:
         return None
     assert record.first and record.first.column is not None
@@ -168,9 +168,9 @@ def _bad_weight(step: Step, record: Record, evidence: Evidence) -> str | None:
 
 
 def _products(step: Step, record: Record, evidence: Evidence) -> list[list[Record | None]]:
-    """Records of all that ``record`` is computed from, of its expert or of all; None for a step that was not seen.
+    """Records of the factors of each product, of its expert or of all; None for a step that was not seen.
 
-    Products with parameters that the layer does not have are left out.
+    Products with parameters that the layer lacks are left out.
     """
     by_name: dict[str, list[Record]] = {}
     for r in evidence.records:

@@ -1,4 +1,4 @@
-"""What traced calls found: one record for each step and expert, as text, as a dict and as a picture."""
+"""Reports traced calls: a record for each step and expert, as text, as a dict and as a picture."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ from jitmoe.host.scan import Scan
 from jitmoe.text import table
 
 STEP, PARAMETER, PADDING, SCRATCH = "step", "parameter", "padding", "scratch"
-"""Kinds of records: what a step computed or was given; and as they were before the kernel ran: weights, and the
-padding of weights and the scratch, whose contents no step reads."""
+"""Kinds of records. A step's is of its result or input. The others are of the time before the kernel ran: parameters,
+the padding of base weights, and scratch; no step reads the contents of the last two."""
 
 
 TABLE_HEADER: tuple[str, ...] = (
@@ -27,13 +27,13 @@ TABLE_HEADER: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a value stands; None where a tensor has no such axis.
+    """Indices of a value; None where a tensor has no such axis.
 
     Attributes:
         token: index into the T tokens of the call.
         slot: which of the token's K choices.
-        row: in the order sorted by expert; of a parameter, its gradient, or scratch, the row of the matrix.
-        column: of the tensor. Padding is counted on behind the rows and columns of its matrix.
+        row: in the order sorted by expert; in a parameter, a gradient of one, or scratch, the row of the matrix.
+        column: of the tensor. Rows and columns of padding follow those of the matrix.
     """
 
     token: int | None = None
@@ -51,9 +51,9 @@ class Record:
 
     Attributes:
         kind: :data:`STEP`, :data:`PARAMETER`, :data:`PADDING` or :data:`SCRATCH`.
-        name: of the step, the parameter, the parameter whose padding it is, or the scratch buffer.
-        expert: None for what belongs to no expert: sums over experts, scratch.
-        rows: of the tensor.
+        name: of the step, the parameter, the parameter with this padding, or the scratch buffer.
+        expert: None for sums over experts and for scratch.
+        rows: rows of the tensor.
         size: values seen.
         nan: NaNs among them.
         inf: infinities of either sign.
@@ -106,13 +106,13 @@ class Finding:
         pass_name: "forward" or "backward".
         step: the first step in the order of the computation whose result is not all finite.
         expert: the first such expert; None for a sum over experts.
-        token: of the first such value, and so on; None where the tensor has no such axis.
+        token: of the first such value; None, as below, where the tensor has no such axis.
         slot: which of the token's K choices.
-        row: in the order sorted by expert, or of the parameter's gradient.
+        row: in the order sorted by expert, or in the gradient of a parameter.
         column: of the tensor.
-        cause: "input": it came with the call; "weights": a base weight or LoRA parameter is not finite; "overflow":
-            all that the step read is finite, and large enough to overflow; "kernel": nothing of all that.
-        sentence: all this for people, with the name and position of what is at fault.
+        cause: "input": the value came with the call; "weights": a base weight or LoRA parameter is not finite;
+            "overflow": all that the step read is finite, and large enough to overflow; "kernel": none of these.
+        sentence: the finding for people, with the name and position of the value at fault.
     """
 
     layer: int
@@ -133,7 +133,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class CallTrace:
-    """One forward or backward call of a layer; ``number`` and ``layer`` are given by the report.
+    """One pass of a call of a layer; the report sets ``number`` and ``layer``.
 
     Attributes:
         pass_name: "forward" or "backward".
@@ -153,32 +153,31 @@ class CallTrace:
 
 
 class Report:
-    """The calls that were traced, in their order: :attr:`calls`, a list of :class:`CallTrace`."""
+    """The traced passes in their order: :attr:`calls`, a list of :class:`CallTrace`."""
 
     def __init__(self) -> None:
         self.calls: list[CallTrace] = []
         self._layers: dict[int, int] = {}
 
     def add(self, call: CallTrace, layer_key: int) -> CallTrace:
-        """Append ``call`` under its number; calls with one ``layer_key`` are those of one layer."""
+        """Append ``call`` and number it; calls with the same ``layer_key`` are of the same layer."""
         number, layer = len(self.calls), self._layers.setdefault(layer_key, len(self._layers))
         first = call.first and replace(call.first, call=number, layer=layer)
         self.calls.append(replace(call, number=number, layer=layer, first=first))
         return self.calls[-1]
 
     def first(self) -> Finding | None:
-        """The first value that is not finite although all that its step read is; None if there is none.
+        """The first step whose result is not finite; None if there is none.
 
-        What lies before a call in scratch, and beside the weights in their padding, is shown in the table, but no step
-        reads it: it is not found here.
+        Values in scratch before a call, and in the padding of weights, are in the table only, as no step reads them.
         """
         return next((call.first for call in self.calls if call.first), None)
 
     def table(self, full: bool = False) -> str:
-        """The finding and a table: a line for each step of each call, and one for each expert that is not finite.
+        """The finding, and a table with a line for each step, and for each expert that is not finite.
 
         Args:
-            full: a line for every step and expert instead.
+            full: give every step and expert a line instead.
         """
         rows = [TABLE_HEADER]
         for call in self.calls:
@@ -198,19 +197,20 @@ class Report:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in numbers, text and None only, as JSON takes it: ``first`` and ``calls``."""
+        """``first`` and ``calls`` as numbers, text and None, which JSON can hold."""
         first = self.first()
         return {"first": asdict(first) if first else None, "calls": [_plain(asdict(call)) for call in self.calls]}
 
     def save_png(self, path: str | Path, layer: int | None = None) -> None:
-        """Draw a heat map, steps by experts: the mean magnitude, in red what is not finite, in grey what is all zero.
+        """Draw a heat map of mean magnitudes, steps by experts; red is not finite, grey is all zero.
 
         Args:
             path: of the PNG.
-            layer: which one, by its number in the report; by default that of :meth:`first`, or the first one.
+            layer: number of the layer in the report; by default that of :meth:`first`, or 0.
 
         Raises:
-            TraceError: if matplotlib is not installed, or no call of that layer was traced.
+            TraceError: matplotlib is not installed, or no call of that layer was traced.
+            OSError: the file cannot be written.
         """
         first = self.first()
         layer = layer if layer is not None else first.layer if first else 0
@@ -221,12 +221,12 @@ class Report:
 
 
 def held_before(records: Iterable[Record]) -> str:
-    """Names of scratch and padding with values that are not finite before a call, as earlier calls may leave them."""
+    """Names of scratch and padding with values that are not finite before a call; earlier calls may have left them."""
     return ", ".join(dict.fromkeys(f"{r.kind} {r.name}" for r in records if r.kind in (SCRATCH, PADDING) and r.bad))
 
 
 def _lines(records: Sequence[Record], full: bool) -> list[tuple[str, ...]]:
-    """Cells of the table, one row for each record, or for all experts of a name with those that are not finite."""
+    """Rows of the table: one for each record, or one for all experts of a name and one for each bad expert."""
     lines = []
     for _, group in groupby(records, key=lambda r: (r.kind, r.name)):
         members = list(group)
@@ -278,9 +278,9 @@ def _plain(value: Any) -> Any:
 
 
 def heat_map(records: Iterable[Record]) -> tuple[list[str], list[str], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Steps and experts in order, [steps, experts] log10 of the largest mean magnitude, and what is not finite.
+    """Names of steps and experts, [steps, experts] float64 log10 of the largest mean magnitude, and bool not finite.
 
-    Sums over experts have a column of their own, "all". A cell that no record fills, or only zeros, is NaN.
+    Sums over experts have the column "all". A cell without records, or with zeros only, is NaN.
     """
     members = list(records)
     steps = list(dict.fromkeys(record.name for record in members))

@@ -1,4 +1,4 @@
-"""Sees inside calls: runs them on traced kernels and scans what goes in and what comes out."""
+"""Traces calls: runs them on traced kernels, and scans what they read and write."""
 
 import logging
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from jitmoe.plan.shapes import K_STEP, N_STRIP, Watch, round_up
 log = logging.getLogger(__name__)
 
 OWN_NAMES = {"gate_u": "gate u", "up_u": "up u", "down_u": "down u"} | {f"{name}_du": f"{name} du" for name in NAMES}
-"""What a step is called in reports, where it is not called as in the kernels."""
+"""Names of steps in reports, where they differ from those in the kernels."""
 
 FORWARD_TENSORS = TENSORS[: TENSORS.index("down") + 1]
-"""Those of backward's tensors that forward has had before."""
+"""Tensors of forward. Backward shows them again."""
 
 BITS: dict[int, type[np.generic]] = {2: np.uint16, 4: np.float32}
-"""How :func:`scan` wants a bfloat16, and a float32."""
+"""dtypes in which :func:`scan` takes elements of 2 and of 4 bytes."""
 
 
 @contextmanager
@@ -41,8 +41,11 @@ def trace() -> Iterator[Report]:
             loss(model(batch)).backward()
         print(report.first())
 
-    A traced call gives the same bits as any other. It runs on one thread, on a kernel of its own that is compiled at
-    first use, and reads all weights of the experts it needs once more: use it to find a fault, not to train.
+    A traced call gives the same bits as any other. It runs on one thread, on a kernel that is compiled at first use,
+    and reads all weights of the active experts once more: use it to find a fault, not to train.
+
+    Yields:
+        The report, which grows with each pass.
     """
     report = Report()
     _tracer.reports.append(report)
@@ -54,7 +57,7 @@ def trace() -> Iterator[Report]:
 
 
 class Tracer(Observer):
-    """Runs calls on traced kernels and adds what is found to every open report, and to that of JITMOE_TRACE."""
+    """Runs calls on traced kernels, and adds the records to every open report and to that of JITMOE_TRACE."""
 
     watch: Watch = "values"
     threads = 1  # records need no locks then
@@ -66,7 +69,7 @@ class Tracer(Observer):
 
     @property
     def wanted(self) -> bool:
-        """Whether JITMOE_TRACE=1 asks for traces: until the first finding."""
+        """Whether JITMOE_TRACE=1 asks for traces, which it does until the first finding."""
         return bool(settings.get("trace")) and not self._warned
 
     @contextmanager
@@ -82,10 +85,10 @@ class Tracer(Observer):
             self._add_always(found, layer_key)
 
     def _add_always(self, found: CallTrace, layer_key: int) -> None:
-        """Keeps no calls, until there is something to say."""
+        """Add a pass to the report of JITMOE_TRACE, and forget it again unless it has a finding."""
         if self._always.add(found, layer_key).first:
             self._warned = True
-            # The text now, not when a handler wants it: the calls are gone then.
+            # The text is made now: a handler may format it later, when the calls are gone.
             text = self._always.table()
             log.warning("JITMOE_TRACE: the first value that is not finite; later calls are not traced\n%s", text)
         self._always.calls.clear()
@@ -100,7 +103,7 @@ def tracer_of_environment() -> Tracer | None:
 
 
 class Recorder:
-    """Scans one pass; its records are :class:`Record`."""
+    """Scans one pass and makes its records."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -114,7 +117,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Scan parameters and scratch before the kernel runs; read what it showed and what it wrote after."""
+        """Scan parameters and scratch before the kernel runs; afterwards read its census and scan its results."""
         self._scan_parameters()
         self._scan_scratch()
         active = self._launch.route.active
@@ -126,7 +129,7 @@ class Recorder:
         self._steps = sorted(steps, key=lambda record: order[record.name])
 
     def found(self) -> CallTrace:
-        """The records of the call and the finding."""
+        """Records of the pass and the finding."""
         shape = self._launch.shape
         records = (*self._parameters, *self._scratch, *self._steps)
         rows = max((record.rows for record in self._steps), default=0)
@@ -149,7 +152,7 @@ class Recorder:
                     self._scan_parameter(parameter, expert, matrix)
 
     def _scan_base(self, projection: Projection) -> None:
-        """Base weights, and what lies there beside them."""
+        """Scan base weights and their padding."""
         out, in_ = projection.out, projection.in_
         matrix = np.empty((round_up(out, N_STRIP), round_up(in_, K_STEP)), np.uint16)
         padding: list[Record] = []
@@ -191,7 +194,7 @@ class Recorder:
             self._scratch.append(_record(SCRATCH, item.buffer.name, None, values, scan(values)))
 
     def _shown(self, census: npt.NDArray[np.float64]) -> Iterator[Record]:
-        """What the kernel showed of its steps."""
+        """Records of the tensors that the kernel has shown."""
         for index, tensor in enumerate(TENSORS):
             again = AGAIN if self._pass_name == "backward" and tensor in FORWARD_TENSORS else ""
             for expert, begin, end in self._experts():
@@ -201,7 +204,7 @@ class Recorder:
                     yield Record.of(STEP, name, expert, end - begin, found, self._position(found))
 
     def _position(self, found: Scan, begin: int = 0) -> Position | None:
-        """Token and slot of what was found in rows sorted by expert, from row ``begin`` on."""
+        """Position of the first value that is not finite, in rows sorted by expert from row ``begin`` on."""
         if not found.first:
             return None
         route = self._launch.route
@@ -218,7 +221,7 @@ class Recorder:
             )
 
     def _results(self) -> Iterator[Record]:
-        """What the kernel wrote: sums over experts, and gradients of the parameters."""
+        """Records of what the kernel wrote: sums over experts, and gradients of parameters."""
         tokens, hidden = int(self._record["tokens"]), self._launch.shape.hidden
         for field, dtype in (("result", np.uint16), ("result_float", np.float32)):
             if self._record[field]:
@@ -251,13 +254,13 @@ def _record(
     row: int = 0,
     column: int = 0,
 ) -> Record:
-    """The record of a matrix whose rows are no tokens; it begins at (row, column) of a larger one."""
+    """The record of a matrix whose rows are no tokens; the matrix begins at (row, column) of a larger one."""
     position = found.first and Position(row=row + found.first[0], column=column + found.first[1])
     return Record.of(kind, name, expert, matrix.shape[0], found, position)
 
 
 def _not_finite(matrix: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
-    """[rows, columns] of a matrix of bfloat16 bits, or of float32."""
+    """[rows, columns] bool, True where a value is not finite, of a matrix of bfloat16 bits or float32."""
     if matrix.dtype == np.uint16:
         matrix = (matrix.astype(np.uint32) << 16).view(np.float32)
     bad: npt.NDArray[np.bool_] = ~np.isfinite(matrix)

@@ -1,4 +1,4 @@
-"""What the package hands to the experts, so that calls can be looked into: see :mod:`jitmoe.experts.observer`."""
+"""What the package hands to the experts so that calls can be looked into; see :mod:`jitmoe.experts.observer`."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ _checker = Checker()
 
 
 def observer() -> Observer | None:
-    """A traced call for JITMOE_TRACE, a checked one for JITMOE_CHECKED, or nobody."""
+    """The tracer for JITMOE_TRACE, the checker for JITMOE_CHECKED, or None."""
     return tracing.tracer_of_environment() or (_checker if settings.get("checked") else None)
 
 
 def capture(layer: nn.Module, path: Path, when: str) -> None:
-    """Capture calls of ``layer``, see :class:`~jitmoe.inspect.capture.Capture`."""
+    """Capture calls of ``layer``; arguments and errors are those of :class:`~jitmoe.inspect.capture.Capture`."""
     Capture(path, when).attach(layer)

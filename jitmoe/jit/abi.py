@@ -1,4 +1,4 @@
-"""The C interface of the kernels as records: mirrors of call.hpp and of what watches, which a test compares by name."""
+"""The C interface of the kernels as records: mirrors of call.hpp and watch/, which a test compares by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ PHASES = (
     *("gather", "pack", "low_rank", "gate_up", "activation", "down", "combine", "act_grad", "x_grad"),
     *("lora_grads", "sums"),
 )
-"""What a timed instance measures, in the order of ``Phase`` in watch/timed.hpp."""
+"""Phases that a timed instance measures, in the order of ``Phase`` in watch/timed.hpp."""
 
 TENSORS = (
     *("x", "gate_u", "up_u", "gate", "up", "act", "down_u", "down", "dout", "down_du", "dact", "dgate", "dup"),
@@ -26,7 +26,7 @@ TENSORS = (
 
 
 def view_fields(name: str) -> tuple[str, ...]:
-    """Fields of a ``Matrices``: its address goes by its name."""
+    """Fields of the ``Matrices`` called ``name``: its address and three strides, in elements."""
     return name, f"{name}.expert", f"{name}.row", f"{name}.column"
 
 
@@ -46,7 +46,7 @@ PROJECTION = (
     ),
     *("low", "du_rows", "u_rows", "grad_panel", "again"),
 )
-"""Fields of a ``Projection``."""
+"""Fields of a ``Projection`` (call.hpp) in their order."""
 
 FIELDS = (
     *("x", "out_grad"),
@@ -61,7 +61,7 @@ FIELDS = (
     *_per_thread("thread_lora"),
     *("phase_seconds", "checks", "census", "observe"),
 )
-"""Fields of a ``Call`` in their order; members of members with dots."""
+"""Fields of a ``Call`` (call.hpp) in their order; members of members with dots."""
 
 CALL = np.dtype([(name, np.float64 if name == "scale" else np.int64) for name in FIELDS])
 
@@ -72,8 +72,11 @@ Record = npt.NDArray[np.void]
 def record(fields: Mapping[str, Any]) -> Record:
     """A ``Call`` with these fields; the others are null or zero.
 
+    Args:
+        fields: addresses, strides and numbers under names of :data:`FIELDS`.
+
     Raises:
-        KernelError: naming the fields that no ``Call`` has.
+        KernelError: a ``Call`` has no field of some name; the message has the names.
     """
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:

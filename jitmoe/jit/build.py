@@ -1,4 +1,4 @@
-"""From rendered instances to shared libraries: look into the cache, compile what is missing."""
+"""From rendered instances to shared libraries: looks into the cache and compiles what is missing."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from jitmoe.plan.shapes import Shape
 from jitmoe.progress import track
 
 Headers = tuple[tuple[str, bytes], ...]
-"""Path below the templates, with slashes, and content of each template header, by path."""
+"""Path below the templates, with slashes, and content of each template header, in the order of the paths."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class KernelReport:
     """One kernel of a build.
 
     Attributes:
-        shape: what it was compiled for.
+        shape: of the kernel, or the program.
         key: 64 hexadecimal digits over everything that determines its code.
         path: the shared library, its digest checked.
         status: "compiled" or "cached".
-        seconds: wall time to compile it, or to find and check it.
+        seconds: wall time to compile the kernel, or to find and check it.
     """
 
     shape: Shape | Program
@@ -47,23 +47,23 @@ class KernelReport:
 
     @property
     def m_step(self) -> int:
-        """Rows of a register block."""
+        """Rows of a register block; 0 for a program."""
         return self.shape.m_step
 
 
 def build_instances(
     instances: Sequence[Instance], progress: bool = False, store: cache.Cache | None = None
 ) -> list[KernelReport]:
-    """Find or compile each of ``instances``, one compiler per core at a time; reports in the given order.
+    """Find or compile each of ``instances``, one compiler per CPU at a time; reports in the given order.
 
     Args:
-        instances: to compile.
+        instances: what to compile.
         progress: say on stderr how many are done; see :func:`~jitmoe.progress.track`.
-        store: where they are kept; the process's cache where not given.
+        store: where the libraries are kept; the process's cache where not given.
 
     Raises:
-        BuildError: the first that failed; builds that had not started are not begun.
-        CacheSecurityError: if somebody else could write into the cache.
+        BuildError: there is no compiler, or it fails. After the first failure no further build begins.
+        CacheSecurityError: somebody else could write into the cache.
     """
     compiler, headers, store = toolchain.find_compiler(), template_headers(), store or cache.open_cache()
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -82,14 +82,14 @@ def ensure(instance: Instance) -> Path:
     """Path of the compiled library of ``instance``; compiles it where the cache has none.
 
     Raises:
-        BuildError: if there is no compiler, or it fails.
-        CacheSecurityError: if somebody else could write into the cache.
+        BuildError: there is no compiler, or it fails.
+        CacheSecurityError: somebody else could write into the cache.
     """
     return build_instances([instance])[0].path
 
 
 def template_headers() -> Headers:
-    """Every C++ header of the templates: part of each key, and copied beside each instance to compile."""
+    """Every C++ header of the templates. Each key covers them, and each compilation gets a copy."""
     return tuple(sorted(_headers_in(render.template_dir(), "")))
 
 
@@ -102,7 +102,7 @@ def _headers_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]
 
 
 def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> str:
-    """SHA-256 over all that determines the library's code, and no path: equal on every checkout and machine."""
+    """SHA-256 over all that determines the library's code. It covers no path, so all checkouts agree."""
     flags = toolchain.flags(instance.shape.isa, compiler.kind)
     parts = [str(abi.ABI_VERSION), compiler.identity, "\n".join(flags), instance.text]
     encoded = [part.encode() for part in parts]
@@ -110,7 +110,7 @@ def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> st
         encoded += [name.encode(), content]
     digest = hashlib.sha256()
     for part in encoded:
-        # With its length before it, no part can continue into the next.
+        # The length before each part separates it from the next.
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
@@ -140,7 +140,7 @@ def _compile_once(
 ) -> tuple[Path, str]:
     """Under the lock of ``key``: take what another process published meanwhile, or compile and publish."""
     timeout = settings.get("compile_timeout")
-    # The holder is allowed one whole compilation, and time to write it down.
+    # The holder may need one whole compilation, and time to write the result.
     with store.lock(key, timeout + 60.0):
         path = store.find(key)
         if path is not None:
@@ -157,8 +157,8 @@ def _compile_once(
 def _compile_into(
     folder: Path, instance: Instance, headers: Headers, compiler: Compiler, timeout: float, log: Path
 ) -> None:
-    # The headers are written from the bytes that are in the key: one edited in this moment, or one
-    # inside a zip file, makes no difference. The folder's name makes messages say templates/<file>.
+    # The compiler gets the bytes that the key covers, even if a header is edited now or lies inside a zip file. The
+    # name of the folder makes messages say templates/<file>.
     include = folder / "templates"
     include.mkdir()
     for name, content in headers:
@@ -172,7 +172,7 @@ def _compile_into(
 
 
 def _origin(instance: Instance, compiler: Compiler) -> dict[str, str]:
-    """What a person who looks into the cache wants to know about an entry."""
+    """Where a cache entry comes from, for people."""
     return {
         "name": instance.shape.name,
         "compiler": compiler.identity,

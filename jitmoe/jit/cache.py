@@ -54,7 +54,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache directory that was checked to be ours alone."""
+    """A cache directory that only this user can write to, as was checked."""
 
     root: Path
 
@@ -66,7 +66,11 @@ class Cache:
 
     @contextmanager
     def lock(self, key: str, timeout: float) -> Iterator[None]:
-        """Hold the lock of ``key``, against other processes and threads; the system frees it if we die."""
+        """Hold the lock of ``key`` against other processes and threads; the system frees it if this process dies.
+
+        Raises:
+            BuildError: another process held the lock for ``timeout`` seconds.
+        """
         lock = filelock.FileLock(self._path(key, ".lock"), timeout=timeout, mode=0o600)
         try:
             lock.acquire()
@@ -80,14 +84,14 @@ class Cache:
             lock.release()
 
     def log_path(self, key: str) -> Path:
-        """Log of a build in progress; it stays there if the build fails."""
+        """Path of the log of a build in progress; the log stays there if the build fails."""
         return self._path(key, ".log")
 
     def start(self, key: str) -> Path:
         """Empty directory to build ``key`` in; call with the lock held.
 
-        What a killed process left there is removed. An entry that is still in the way failed its
-        check: it is renamed, so that a person can look at it.
+        What a killed process left there is removed. An entry under this key has failed its check: it is renamed, so
+        that a person can look at it.
         """
         entry, damaged, workspace = self._path(key), self._path(key, ".bad"), self._path(key, ".tmp")
         if os.path.lexists(entry):
@@ -129,7 +133,7 @@ class Cache:
         """Remove every kernel, log and leftover; return the number of kernels. Other files stay."""
         kernels = len(self.entries())
         for path in list(self.root.iterdir()):
-            # A lock file may be held by a process that compiles now; removing it would let a second one in.
+            # A process that compiles now may hold a lock file; without the file a second process would get in.
             if _OUR_NAMES.fullmatch(path.name) and path.suffix != ".lock":
                 _remove(path)
         return kernels
@@ -147,11 +151,11 @@ def location() -> Path:
 def open_cache() -> Cache:
     """The cache at :func:`location`, created if need be.
 
-    Where nothing can be written or executed there, one warning is given and a private directory takes
-    its place until this process ends.
+    Where nothing can be written or executed there, a warning is given once and a private directory takes its place
+    until this process ends.
 
     Raises:
-        CacheSecurityError: if somebody else could put a library there.
+        CacheSecurityError: somebody else could put a library there.
     """
     root = location()
     reason = _why_unusable(root)

@@ -16,9 +16,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether the kernels of ``isa`` can run here; ``reason`` says why not, or what was checked.
+    """Whether the kernels of an instruction set can run here.
 
-    ``emulated``: some of their instructions are executed by the emulator.
+    Attributes:
+        isa: name of the set.
+        usable: the kernels can run.
+        reason: why they cannot, or which features they need.
+        emulated: the emulator executes some of their instructions.
     """
 
     isa: str
@@ -53,17 +57,17 @@ def describe(isa: str) -> str:
 
 
 def _failed_check(isa: str) -> str | None:
-    """What must succeed beyond CPUID before a set is used; each is cheap to repeat."""
+    """What failed of the checks beyond CPUID, or None. A check keeps its result, so asking again is cheap."""
     return programs.check_tiles() if isa == "amx" else None
 
 
 def resolve_isa(requested: str) -> str:
     """The concrete instruction set for ``requested``, which is "auto" or a name.
 
-    "auto" takes the best set that this machine can execute and that has kernels.
+    "auto" takes the best set that this machine can execute.
 
     Raises:
-        IsaError: if ``requested`` is a set that cannot run here; the message names the failed check.
+        IsaError: ``requested`` is unknown or cannot run here; the message names the failed check.
     """
     found = {capability.isa: capability for capability in capabilities()}
     if requested == "auto":
@@ -80,7 +84,7 @@ def resolve_isa(requested: str) -> str:
 
 @cache
 def _report_fallback(chosen: str) -> None:
-    """Say once why the best set that the CPU has is not the one in use."""
+    """Say once why the best set that the CPU has is not used."""
     best = next(capability for capability in capabilities() if not missing_features(capability.isa, cpus.detect()))
     if best.isa != chosen:
         log.info("using %s: %s cannot be used (%s)", chosen, best.isa, best.reason)

@@ -22,8 +22,7 @@ class Cpu:
 def detect() -> Cpu:
     """The processor this process runs on.
 
-    LLVM reads CPUID and XCR0: a vector feature whose registers the operating system does not save is
-    not in the list.
+    LLVM reads CPUID and XCR0, so a vector feature is missing where the operating system does not save its registers.
     """
     found = llvmlite.binding.get_host_cpu_features()
     return Cpu(_model_name(), frozenset(name for name, present in found.items() if present))

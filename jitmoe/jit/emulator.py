@@ -1,6 +1,6 @@
-"""What the emulator of AMX and AVX512-BF16 has executed in this process, and its installation by hand.
+"""Installs the emulator of AMX and AVX512-BF16 by hand, and counts what it has executed in this process.
 
-``JITMOE_EMULATE=1`` installs it wherever a layer needs it.
+``JITMOE_EMULATE=1`` installs the emulator wherever a layer needs it.
 """
 
 from dataclasses import dataclass, fields
@@ -12,7 +12,9 @@ TILE_ROWS = 16
 
 @dataclass(frozen=True)
 class Counts:
-    """Instructions emulated in this process since the start or :func:`reset_counts`, by kind; as in ``Count``.
+    """Instructions emulated since the start or :func:`reset_counts`, by kind.
+
+    The order is that of ``Count`` in tools/emulator_decode.hpp.
 
     Attributes:
         tdpbf16ps: tile products of bfloat16; the next four are those of bytes.
@@ -58,24 +60,28 @@ class Counts:
 
 
 def install() -> None:
-    """Let our emulator execute AMX and AVX512-BF16 in this process; again is the same.
+    """Let our emulator execute AMX and AVX512-BF16 in this process; a second call does nothing.
 
-    Call it before threads start. From then on SIGILL belongs to the emulator, which passes on what is not
-    its own to the handler that was there before.
+    Call it before threads start. From then on SIGILL belongs to the emulator. Signals of other instructions go on to
+    the handler that was there before.
 
     Raises:
-        BuildError: if it cannot be compiled.
-        IsaError: if it refuses: the CPU lacks AVX2 and FMA, or another handler was put over it.
+        BuildError: the emulator cannot be compiled.
+        IsaError: the CPU lacks AVX2 or FMA, or another handler was put over the emulator's.
     """
     programs.emulator().install()
 
 
 def counts() -> Counts:
-    """What our emulator has executed in this process."""
+    """What our emulator has executed in this process.
+
+    Raises:
+        BuildError: the emulator cannot be compiled.
+    """
     values = programs.emulator().read_counts()
     return Counts(**dict(zip((field.name for field in fields(Counts)), values, strict=True)))
 
 
 def reset_counts() -> None:
-    """Start counting from zero."""
+    """Set all counters to zero; errors as of :func:`counts`."""
     programs.emulator().reset_counts()

@@ -21,7 +21,7 @@ class Kernels:
     """The functions of one loaded instance.
 
     Raises:
-        KernelError: if the library was built for another ABI.
+        KernelError: the library was built for another version of the C interface.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,22 +38,34 @@ class Kernels:
         self._unpack = _function(library, "jitmoe_unpack", move)
 
     def run(self, pass_name: str, record: abi.Record) -> None:
-        """Run "forward" or "backward" with the fields of ``record``."""
+        """Run the pass "forward" or "backward" on the ``Call`` in ``record``, whose addresses must stay valid."""
         self._passes[pass_name](record.ctypes.data)
 
     def pack(self, canonical: int, packed: int, experts: int, out: int, in_: int, threads: int) -> None:
-        """Write ``experts`` matrices [out, in] at address ``canonical`` in packed order to ``packed``."""
+        """Pack bfloat16 matrices.
+
+        Args:
+            canonical: address of [experts, out, in_].
+            packed: address of ``experts`` times :func:`~jitmoe.plan.shapes.packed_elements` elements, to be written.
+            experts: number of matrices.
+            out: rows of each.
+            in_: columns of each.
+            threads: to use.
+        """
         self._pack(canonical, packed, experts, out, in_, threads)
 
     def unpack(self, packed: int, canonical: int, experts: int, out: int, in_: int, threads: int) -> None:
-        """The inverse of :meth:`pack`."""
+        """The inverse of :meth:`pack`: reads ``packed`` and writes ``canonical``."""
         self._unpack(packed, canonical, experts, out, in_, threads)
 
 
 def array_at(
     address: int, dtype: type[np.generic], shape: tuple[int, ...], strides: tuple[int, ...] | None = None
 ) -> npt.NDArray[np.generic]:
-    """The memory at ``address`` as an array, valid as long as its owner keeps it; ``strides`` in elements."""
+    """The memory at ``address`` as an array, valid as long as the owner keeps the memory.
+
+    ``strides`` are in elements; without them the array is C-contiguous.
+    """
     item = np.dtype(dtype).itemsize
     if not math.prod(shape):
         return np.empty(shape, dtype)
@@ -69,7 +81,10 @@ def load(shape: Shape) -> Kernels:
     """Kernels of ``shape``, compiled at first use and kept for the life of the process.
 
     Raises:
-        IsaError: if this machine cannot execute them.
+        IsaError: this machine cannot execute them.
+        BuildError: there is no compiler, or it fails.
+        CacheSecurityError: somebody else could write into the cache.
+        KernelError: the library was built for another version of the C interface.
     """
     resolve_isa(shape.isa)
     return Kernels(ensure(render(shape)))

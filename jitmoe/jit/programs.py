@@ -1,4 +1,4 @@
-"""Programs beside the kernels, compiled and cached like them: the emulator, the probe of AMX, the loops of ceilings."""
+"""Programs beside the kernels, compiled and cached like them: the emulator, the probe of AMX, loops for ceilings."""
 
 import ctypes
 import errno
@@ -15,10 +15,10 @@ from jitmoe.jit.render import read_program
 
 
 class EmulatorLibrary:
-    """A shared library with ``int jitmoe_emulator_install(void)``; ours also counts.
+    """A shared library with ``int jitmoe_emulator_install(void)``; ours also counts instructions.
 
     Raises:
-        IsaError: if it cannot be loaded or exports no such function.
+        IsaError: the library cannot be loaded, or exports no such function.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,24 +30,28 @@ class EmulatorLibrary:
         self._install = self._find("jitmoe_emulator_install", ctypes.c_int)
 
     def install(self) -> None:
-        """Take SIGILL for the whole process; again is the same.
+        """Take SIGILL for the whole process; a second call does nothing.
 
         Raises:
-            IsaError: if it refuses: the CPU lacks AVX2 and FMA, or another handler was put over it.
+            IsaError: the CPU lacks AVX2 or FMA, or another handler was put over the emulator's.
         """
         status = self._install()
         if status:
             raise IsaError(f"the emulator {self.path} could not be installed: {os.strerror(status)}")
 
     def read_counts(self) -> list[int]:
-        """The counters in the order of :class:`jitmoe.jit.emulator.Counts`."""
+        """The counters in the order of :class:`jitmoe.jit.emulator.Counts`.
+
+        Raises:
+            IsaError: this emulator does not count.
+        """
         counts = self._find("jitmoe_emulator_counts", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
         values = (ctypes.c_uint64 * counts(None, 0))()
         counts(values, len(values))
         return list(values)
 
     def reset_counts(self) -> None:
-        """Set all counters to zero."""
+        """Set all counters to zero; errors as of :meth:`read_counts`."""
         self._find("jitmoe_emulator_reset", None)()
 
     def _find(self, name: str, result: Any, *arguments: Any) -> Any:
@@ -64,7 +68,8 @@ def emulator() -> EmulatorLibrary:
     """Our emulator, compiled at first use and loaded, but not installed.
 
     Raises:
-        BuildError: if it cannot be compiled.
+        BuildError: it cannot be compiled.
+        CacheSecurityError: somebody else could write into the cache.
     """
     return EmulatorLibrary(ensure(read_program("emulator", "ref")))
 
@@ -84,7 +89,7 @@ def install_emulator(wanted: str) -> str | None:
 
 @cache
 def check_tiles() -> str | None:
-    """Whether tiles can be used: palettes, the kernel's permission for this process, and a product in a child process.
+    """Check that tiles can be used: palettes, Linux's permission for this process, a product in a child process.
 
     Returns:
         What failed, or None.
@@ -119,7 +124,7 @@ def tile_test_fault(verdict: int) -> str | None:
 
 
 def number_function(path: Path, name: str, arguments: int) -> Callable[..., float]:
-    """``double name(int64_t, ...)`` with that many arguments, from the library at ``path``; runs without the GIL."""
+    """``double name(int64_t, ...)`` with ``arguments`` arguments, from the library ``path``; runs without the GIL."""
     function: Callable[..., float] = getattr(ctypes.CDLL(str(path)), name)
     function.argtypes = [ctypes.c_int64] * arguments  # type: ignore[attr-defined]
     function.restype = ctypes.c_double  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ INSTANCE_TEMPLATE = "instance.cpp.in"
 
 @dataclass(frozen=True)
 class Program:
-    """C++ beside the kernels, compiled and cached like them; stands where a kernel has its shape."""
+    """A program beside the kernels, compiled with the flags of ``isa``. An instance has it in place of a shape."""
 
     name: str
     isa: str
@@ -25,20 +25,20 @@ class Program:
 
 @dataclass(frozen=True)
 class Instance:
-    """A rendered kernel, or another program: what it is and the C++ text to compile."""
+    """A rendered kernel, or a program: what it is, and the C++ text to compile."""
 
     shape: Shape | Program
     text: str
 
 
 class _Present:
-    """The folder that :func:`templates_from` has put in place of ours."""
+    """The folder that :func:`templates_from` has put in place of the shipped one."""
 
     folder: Path | None = None
 
 
 def template_dir() -> Traversable:
-    """Folder of the C++ headers."""
+    """Folder of the templates."""
     return _Present.folder or _shipped()
 
 

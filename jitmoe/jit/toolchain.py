@@ -36,21 +36,21 @@ COMMON_FLAGS = (
     "-fopenmp",
     "-fno-exceptions",
     "-fno-rtti",
-    # Each multiply-add is written out: a compiler that contracts one kernel form and not the other
-    # would give a token different bits in different batches.
+    # Each multiply-add is written out. A compiler that contracts one form of a kernel and not the other would give a
+    # token different bits in different calls.
     "-ffp-contract=off",
-    # Values are the same. Without it GCC takes a comparison of floats for something that may trap and leaves the loops
-    # over the activation scalar where there are no masks: 13 ns an element instead of 1 on AVX2.
+    # Values are the same. Without this flag GCC assumes that comparing floats may trap, and leaves the loops over the
+    # activation scalar where there are no masks: 13 ns an element instead of 1 on AVX2.
     "-fno-trapping-math",
-    # Every instance defines the same inline functions and templates. None may be taken from another
-    # instance, which can come from other template versions.
+    # Every instance defines the same inline functions and templates, perhaps from other versions of the headers. None
+    # may take a function of another.
     "-fvisibility-inlines-hidden",
     "-fno-semantic-interposition",
     "-Wl,-Bsymbolic",
 )
 
 KIND_FLAGS = {
-    # Without it, static variables of templates are shared between all libraries of the process.
+    # Otherwise all libraries of the process share the static variables of templates.
     "gcc": ("-fno-gnu-unique",),
     "clang": (),
 }
@@ -62,7 +62,7 @@ class Compiler:
 
     Attributes:
         path: absolute path of the program.
-        identity: first line of ``--version`` and the target; no path in it, so it may enter a cache key.
+        identity: first line of ``--version`` and the target. It has no path in it and is part of each key.
         kind: "gcc" or "clang".
     """
 
@@ -75,8 +75,7 @@ def find_compiler() -> Compiler:
     """The first of $JITMOE_CXX, $CXX, g++, clang++.
 
     Raises:
-        BuildError: if there is none, or if a variable names something that is not a compiler: what a
-            user set on purpose is never silently replaced.
+        BuildError: there is none, or a variable names something that is no compiler; another is never taken instead.
     """
     for name in ("cxx", "system_cxx"):
         wanted = settings.get(name)
@@ -105,8 +104,8 @@ def compile(
 ) -> None:
     """Compile ``source`` into the shared library ``output``; everything the compiler says goes to ``log``.
 
-    It runs in the folder of ``source``, with paths relative to it where possible, so that neither the
-    library nor a message depends on where that folder is.
+    The compiler runs in the folder of ``source``, with relative paths where possible, so that neither the library nor
+    a message depends on the place of that folder.
 
     Args:
         compiler: the program to run.
@@ -118,7 +117,7 @@ def compile(
         log: text file, replaced.
 
     Raises:
-        BuildError: with the command, the first error line and the log's path.
+        BuildError: the compiler fails; the message has the command, the first error line and the log's path.
     """
     folder = source.parent
     command = [str(compiler.path), *flags, "-I", _seen_from(folder, include)]
@@ -128,7 +127,7 @@ def compile(
         stream.flush()
         failure = _run(command, timeout, stream, folder)
     if failure is None and not _is_library(output):
-        # A wrapper script that loses its compiler's exit status must not get into the cache.
+        # A wrapper script may lose the exit status of its compiler.
         failure = "reported success and wrote no shared library"
     if failure is not None:
         raise BuildError(_failure_text(compiler, command, failure, log))
@@ -146,7 +145,7 @@ def _named_compiler(variable: str, wanted: str) -> Compiler:
 
 def _which(program: str) -> Path | None:
     found = shutil.which(program, path=settings.get("search_path"))
-    # Not resolved: a program may behave by the name it is called by, as ccache does.
+    # Links are not resolved: some programs, as ccache, act by the name that they are called by.
     return None if found is None else Path(found).absolute()
 
 
@@ -157,7 +156,7 @@ def _identify(path: Path) -> Compiler:
 
 @cache
 def _identify_version(path: Path, mtime_ns: int, size: int) -> Compiler:
-    """Ask the program; again only when the file changed, as after an upgrade."""
+    """Ask the program for its version, once for each state of its file: an upgrade changes the file."""
     version = _ask(path, "--version")
     if "clang" in version:
         kind = "clang"
@@ -181,9 +180,9 @@ def _ask(path: Path, question: str) -> str:
 def _run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
     """Run ``command`` with its output in ``stream``; None if it succeeded, else what happened to it.
 
-    The output is a file and not a pipe: a background process that the compiler starts and leaves (a
-    compile server) would hold a pipe open. The command is a process group of its own, so that a
-    timeout or an interrupt ends the children (cc1plus, as, ld) with it.
+    The output is a file, because a background process that the compiler leaves (a compile server) would hold a pipe
+    open. The command has a process group of its own, so that a timeout or an interrupt ends its children (cc1plus, as,
+    ld) too.
     """
     try:
         process = subprocess.Popen(

@@ -18,7 +18,7 @@ class BuildReport:
     kernels: tuple[KernelReport, ...]
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Of the table, its head first."""
+        """Rows of the table; the first is its head."""
         rows: list[tuple[str, ...]] = [("kernel", "isa", "M_STEP", "status", "seconds", "library")]
         for kernel in self.kernels:
             figures = (str(kernel.m_step), kernel.status, f"{kernel.seconds:.2f}", str(kernel.path))
@@ -33,16 +33,17 @@ def build(configs: MoEConfig | Iterable[MoEConfig], progress: bool = True) -> Bu
     """Compile every kernel that ``configs`` can need, so that no later call waits for the compiler.
 
     Args:
-        configs: one config or several; kernels that they share are built once.
+        configs: one config or several. Kernels that they share are built once.
         progress: say on stderr how many kernels are done; see :func:`~jitmoe.progress.track`.
 
     Returns:
         One report per kernel, in the order of the configs and their plans.
 
     Raises:
-        IsaError: if a config forces an instruction set that cannot run here.
-        BuildError: if there is no compiler, or it fails.
-        CacheSecurityError: if somebody else could write into the cache.
+        ConfigError: a config's ``m_step`` is no register block of its instruction set.
+        IsaError: a config names an instruction set that cannot run here.
+        BuildError: there is no compiler, or it fails.
+        CacheSecurityError: somebody else could write into the cache.
     """
     wanted = (configs,) if isinstance(configs, MoEConfig) else tuple(configs)
     plans = [plan_kernels(config, resolve_isa(config.requested_isa)) for config in wanted]

@@ -1,1 +1,1 @@
-"""How much memory a layer, a call and a model take, before any of it is allocated."""
+"""Plans the memory of a layer, a call and a model before any of it is allocated."""

@@ -1,4 +1,4 @@
-"""The limit on the memory of a layer and of its calls: ``memory_budget``, held to before anything is allocated."""
+"""Holds a layer and its calls to ``memory_budget`` before anything is allocated."""
 
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ def check_layer(config: MoEConfig) -> None:
     """Refuse a layer whose weights and parameters alone exceed ``config.memory_budget``.
 
     Raises:
-        BudgetError: with the table.
+        BudgetError: they exceed it; the message has the table of the plan.
     """
     if config.memory_budget is not None:
         _refuse_over(plan_layer(config), "the weights and parameters of the layer take")
@@ -22,10 +22,17 @@ def check_layer(config: MoEConfig) -> None:
 def check_call(kernels: KernelPlan, tokens: int, threads: int, training: bool, x_dtype: str) -> None:
     """Refuse a call that under the worst routing exceeds the budget of its config.
 
-    The routing at hand does not count: a training run whose first call passes is not refused in the middle.
+    The worst routing counts, whatever the routing at hand: a training run whose first call passes is not refused later.
+
+    Args:
+        kernels: those that the call may take, and the config.
+        tokens: T.
+        threads: of the call.
+        training: forward and backward; else forward alone.
+        x_dtype: "bfloat16" or "float32", of x.
 
     Raises:
-        BudgetError: with the table.
+        BudgetError: the call exceeds the budget; the message has the table of the plan.
     """
     if kernels.config.memory_budget is not None:
         _check_call(kernels, tokens, threads, training, x_dtype)

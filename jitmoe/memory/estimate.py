@@ -1,4 +1,4 @@
-"""How much memory a model's experts will take, from their sizes alone: nothing is allocated and nothing compiled."""
+"""Estimates the memory of a model's experts from their sizes alone; nothing is allocated or compiled."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.text import size, table
 
 ADAM_STATES = 2
-"""Tensors that AdamW keeps for each parameter, of its dtype."""
+"""Tensors that AdamW keeps for each parameter, in the dtype of the parameter."""
 
 PER_LAYER = ("packed weight", "parameter", "gradient", "saved")
-"""Kinds that every layer of a model holds at the worst moment, the end of the first backward of a step; the others
-are those of the layer that is being computed."""
+"""Kinds that every layer of a model holds at the worst moment, the end of the first backward pass. The other kinds
+belong to the layer that is being computed."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be estimated.
+    """What to estimate.
 
     Attributes:
-        config: of each layer. An instruction set that is named need not be one that this machine has.
+        config: of each layer. It may name an instruction set that this machine lacks.
         tokens: T, tokens of one call.
-        layers: layers of the model; their forwards are all outstanding when backward begins.
+        layers: layers with experts; all have run forward when backward begins.
         threads: threads of a call; each has scratch of its own.
         training: with gradients, optimizer and saved tensors; else inference.
-        group_bytes: panels of one group; see :data:`~jitmoe.plan.groups.GROUP_BYTES`.
+        group_bytes: bytes of the panels of one group; see :data:`~jitmoe.plan.groups.GROUP_BYTES`.
 
     Raises:
-        ConfigError: for numbers that make no call.
+        ConfigError: a number is out of range.
     """
 
     config: MoEConfig
@@ -66,7 +66,7 @@ class Load:
             raise ConfigError(f"layers and threads must be at least 1, got {self.layers} and {self.threads}")
 
     def plan(self) -> MemoryPlan:
-        """All memory of one layer and its call."""
+        """All memory of one layer and its call; errors as of :meth:`~jitmoe.memory.plan.MemoryPlan.of`."""
         kernels = kernels_of(self.config)
         return plan_call(kernels, self.tokens, self.threads, self.training, group_bytes=self.group_bytes)
 
@@ -78,7 +78,7 @@ class Estimate:
     Attributes:
         load: what was estimated.
         plan: every buffer of one layer and its call.
-        items: what the whole model holds, by kind.
+        items: bytes that the whole model holds, by kind.
         available: bytes that the machine has free.
         savings: bytes that each change would save, by its description.
     """
@@ -91,7 +91,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes held at once at the worst moment of a step."""
+        """Bytes held at once at the worst moment of a training step."""
         return sum(item.total for item in self.items)
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ class Estimate:
         return f"One layer and its call: {self._title()}\n{self.plan}\n\nThe model:\n{table(rows)}\n{note}"
 
     def _title(self) -> str:
-        """The sizes, which may have come from a model's file."""
+        """The sizes; a model's file may have given them."""
         load, config = self.load, self.load.config
         lora = f"LoRA of rank {config.lora_rank} in {config.lora_dtype}" if config.lora_rank else "no LoRA"
         threads = f"{load.threads} thread{'s' if load.threads > 1 else ''}"
@@ -126,7 +126,7 @@ def _verdict(needed: int, available: int) -> str:
 
 
 def estimate(load: Load) -> Estimate:
-    """Bytes of every kind, and what changes would save."""
+    """Bytes of every kind, and bytes that changes would save; errors as of :meth:`Load.plan`."""
     plan = load.plan()
     items = _items(load, plan)
     total = sum(item.total for item in items)
@@ -179,5 +179,5 @@ def _int8_saving(load: Load, plan: MemoryPlan) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that new allocations can take without swapping, as the system says it."""
+    """Bytes that new allocations can take without swapping, as the system reports them."""
     return int(psutil.virtual_memory().available)

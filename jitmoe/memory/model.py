@@ -14,9 +14,9 @@ class Model:
     """The Mixture-of-Experts part of a transformers model.
 
     Attributes:
-        fields: of :class:`~jitmoe.config.MoEConfig`.
-        layers: layers with experts.
-        notes: what of these experts jitmoe does not compute, for people.
+        fields: sizes under the names of :class:`~jitmoe.config.MoEConfig`.
+        layers: number of layers with experts.
+        notes: what jitmoe does not compute of these experts, for people.
     """
 
     fields: dict[str, int]
@@ -30,15 +30,15 @@ NAMES = {
     "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
     "top_k": ("num_experts_per_tok",),
 }
-"""Fields of ``config.json``, first match wins: Qwen3-MoE and OLMoE, DeepSeek-V2 and V3, Mixtral. Where a model also
-has dense layers, their width is ``intermediate_size`` and that of the experts ``moe_intermediate_size``."""
+"""Fields of ``config.json`` in Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, and Mixtral; the first that is there counts. Where
+a model also has dense layers, their width is ``intermediate_size`` and that of experts ``moe_intermediate_size``."""
 
 
 def read_model(path: Path) -> Model:
-    """Sizes of the experts from a transformers ``config.json``; of the text part, where a model sees and hears too.
+    """Sizes of the experts from a transformers ``config.json``; of a multimodal model, those of its text part.
 
     Raises:
-        ConfigError: if it cannot be read, or is not that of a model with experts.
+        ConfigError: the file cannot be read, or belongs to no model with experts.
     """
     content = read_fields(path, "the config.json of a transformers model")
     if isinstance(content.get("text_config"), dict):
@@ -58,7 +58,7 @@ def _first(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> in
 
 
 def _has_experts(path: Path, content: Mapping[str, Any], layer: int) -> bool:
-    """Which layers are sparse, as Qwen3-MoE (first line) and DeepSeek say it; the others have experts everywhere."""
+    """Whether a layer has experts, by the fields of Qwen3-MoE and of DeepSeek; without these fields every layer has."""
     dense = content.get("mlp_only_layers") or ()
     qwen = layer not in dense and (layer + 1) % _every(path, content, "decoder_sparse_step") == 0
     first = content.get("first_k_dense_replace") or 0
@@ -76,7 +76,7 @@ def _every(path: Path, content: Mapping[str, Any], name: str) -> int:
 
 
 def _notes(content: Mapping[str, Any]) -> Iterator[str]:
-    """What these experts have that a :class:`~jitmoe.experts.layer.MoELayer` lacks."""
+    """What these experts compute and :class:`~jitmoe.experts.layer.MoELayer` does not."""
     activation = content.get("hidden_act") or content.get("hidden_activation") or "silu"
     if content.get("model_type") == "gpt_oss":
         yield "gpt-oss has biases and a clamped activation, which jitmoe does not compute; its biases are not counted"

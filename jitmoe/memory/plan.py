@@ -27,7 +27,7 @@ from jitmoe.text import size, table
 
 @dataclass(frozen=True)
 class Pass:
-    """Scratch of forward or backward, whose first step is step ``start`` of the plan."""
+    """Scratch of forward or backward; its first step is step ``start`` of the plan."""
 
     name: str
     start: int
@@ -52,9 +52,9 @@ class Row:
 class MemoryPlan:
     """Every tensor and buffer of a layer and of one call of it: ``print`` shows the table.
 
-    Scratch is that of the worst routing, which no call of these sizes exceeds. x and the routing weights count as
-    saved in training, as autograd keeps them; gradients count twice in backward, where new ones are added to those of
-    former calls. Other calls of the layer between their forward and backward hold their own saved tensors beside.
+    Scratch is that of the worst routing, which no call of these sizes exceeds. In training x and the routing weights
+    count as saved, because autograd keeps them. Gradients of parameters count twice in backward, where new ones are
+    added to those of former calls. Other calls that wait for their backward hold saved tensors of their own.
 
     Attributes:
         config: of the layer.
@@ -85,16 +85,16 @@ class MemoryPlan:
         """Plan a call.
 
         Args:
-            config: of the layer. An instruction set that is named need not be one that this machine has.
+            config: of the layer. It may name an instruction set that this machine lacks.
             tokens: T.
             threads: of the call; all CPUs where not given.
             training: forward and backward; else forward alone, which saves nothing.
-            recompute: instead of the config's.
-            x_dtype: "bfloat16" or "float32"; of x, out, and their gradients. Routing weights are float32.
+            recompute: replaces that of ``config``.
+            x_dtype: "bfloat16" or "float32", of x, out, and their gradients. Routing weights are float32.
 
         Raises:
-            ConfigError: for numbers that make no call.
-            PlanError: if two live buffers of the arena would share addresses.
+            ConfigError: a number or dtype is out of range.
+            PlanError: two live buffers of the arena would share addresses.
         """
         threads = len(os.sched_getaffinity(0)) if threads is None else threads
         for name, value, least in (("tokens", tokens, 0), ("threads", threads, 1)):
@@ -113,7 +113,7 @@ class MemoryPlan:
 
     @property
     def peak_step(self) -> int:
-        """The (first) step at which most bytes are held."""
+        """The first step at which most bytes are held."""
         return max(range(len(self.steps)), key=self.bytes_at)
 
     @property
@@ -122,7 +122,7 @@ class MemoryPlan:
         return self.bytes_at(self.peak_step)
 
     def bytes_at(self, step: int) -> int:
-        """Bytes held at ``step``; the arena counts from its first use."""
+        """Bytes held at ``step``; the arena counts from the first pass on."""
         return sum(self._kinds_at(step).values())
 
     def by_kind(self) -> dict[Kind, int]:
@@ -172,7 +172,11 @@ def _most_of(rows: Iterable[Row], kind: Kind) -> str:
 
 
 def kernels_of(config: MoEConfig) -> KernelPlan:
-    """The kernels to plan with; unlike a layer's, an instruction set that is named need not be usable here."""
+    """The kernels to plan with. Unlike a layer, a plan may name an instruction set that this machine lacks.
+
+    Raises:
+        ConfigError: ``m_step`` is no register block of the instruction set.
+    """
     requested = config.requested_isa
     return plan_kernels(config, capability.resolve_isa(requested) if requested == "auto" else requested)
 
@@ -190,7 +194,7 @@ def plan_call(
     x_dtype: str = "bfloat16",
     group_bytes: int = GROUP_BYTES,
 ) -> MemoryPlan:
-    """Plan a call that takes one of ``kernels``; :meth:`MemoryPlan.of` says the rest."""
+    """Plan a call that takes one of ``kernels``; the other arguments and errors are those of :meth:`MemoryPlan.of`."""
     passes = [_worst_pass("forward", 1, kernels, tokens, threads, group_bytes)]
     if training:
         passes.append(_worst_pass("backward", 1 + len(FORWARD_STEPS), kernels, tokens, threads, group_bytes))
@@ -212,7 +216,7 @@ def _worst_pass(
     threads: int,
     group_bytes: int,
 ) -> Pass:
-    """The pass with the largest scratch among all routings: among the kernels they reach, each with the worst rows."""
+    """The pass with the largest scratch over all routings: each kernel that one reaches, on the worst extents."""
     config, training = kernels.config, name == "backward"
     slots = tokens * config.top_k
     found: list[ScratchPlan] = []

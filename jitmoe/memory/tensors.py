@@ -1,4 +1,4 @@
-"""Every tensor of a layer and of one call of it that lies outside the arena: what it is for, and when it is alive."""
+"""Every tensor of a layer and of one call that lies outside the arena, with its kind and its lifetime."""
 
 import math
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ HeldKind = Literal["packed weight", "parameter", "gradient", "saved", "input", "
 - packed weight, parameter: the layer's own;
 - gradient: ``.grad`` of the parameters, from former calls;
 - saved: what autograd keeps of one call until its backward;
-- input: the caller's tensors that nothing is saved of;
+- input: tensors of the caller that autograd does not keep;
 - result: out and what backward returns for x and the routing weights;
-- transient: of one pass, and gone with it.
+- transient: allocated for one pass and freed at its end.
 """
 
 Kind = HeldKind | Literal["scratch"]
@@ -32,14 +32,14 @@ KINDS: tuple[Kind, ...] = (
     "transient",
     "scratch",
 )
-"""In the order of tables."""
+"""All kinds in the order of tables."""
 
 
 @dataclass(frozen=True)
 class Held:
     """A tensor outside the arena, alive from step ``first`` to step ``last`` of its plan, both included.
 
-    Not a :class:`~jitmoe.plan.scratch.Buffer`: it has no offset, and the planner of the arena takes none of these.
+    It is no :class:`~jitmoe.plan.placement.Buffer`: it has no offset, and the arena refuses it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Held:
 
 
 def layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
-    """Packed weights and parameters, alive to step ``last``."""
+    """Packed weights and parameters, alive from step 0 to step ``last``."""
     held = [
         Held(f"packed_{p.name}", (config.num_experts, p.packed_elements), "int16", "packed weight", 0, last)
         for p in projections(config.hidden_size, config.intermediate_size)
@@ -69,7 +69,7 @@ def _lora(config: MoEConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, last: int) -> list[Held]:
-    """Tensors of T or S = T K rows, named as in the layer; those that the layer casts to bfloat16, ``... operand``."""
+    """Tensors of T or S = T K rows, named as in the layer; a copy cast to bfloat16 is called ``... operand``."""
     slots, wide = tokens * config.top_k, (tokens, config.hidden_size)
     forward_end = len(FORWARD_STEPS)
     x_kind: HeldKind = "saved" if training else "input"
@@ -103,7 +103,7 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
 
 
 def gradient_tensors(config: MoEConfig, lora_dtype: str, start: int, last: int) -> list[Held]:
-    """Those of former calls, and the new ones in float32, cast at the end where the parameters are bfloat16."""
+    """Gradients of former calls, and new ones in float32, which are cast at the end where parameters are bfloat16."""
     held = []
     for name, shape in _lora(config).items():
         held += [

@@ -1,1 +1,1 @@
-"""What is right: the reference, the error rule, and the data and sizes that both are tried on."""
+"""Defines what is right: the reference, the error rule, and the data and sizes to try them on."""

@@ -1,4 +1,4 @@
-"""Random weights, inputs and routing. Never zeros: their products are cheaper than others."""
+"""Random weights, inputs and routing. None are zeros, whose products take less power than others."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Base:
 
 
 def make_base(workload: Workload, generator: torch.Generator) -> Base:
-    """Weights in bfloat16 with the magnitudes of a trained layer."""
+    """bfloat16 weights with the variance 1 / in, about the magnitude of a trained layer."""
 
     def weights(out: int, in_: int) -> Tensor:
         empty = torch.empty(workload.experts, out, in_, dtype=torch.bfloat16)
@@ -42,7 +42,7 @@ def make_base(workload: Workload, generator: torch.Generator) -> Base:
 
 
 def make_lora(workload: Workload, generator: torch.Generator) -> LoraTensors | None:
-    """Adapters in float32, B as small as after some steps of training; None with rank 0."""
+    """float32 adapters; B is as small as after some steps of training. None with rank 0."""
     if not workload.rank:
         return None
     hidden, intermediate = workload.hidden, workload.intermediate
@@ -65,11 +65,11 @@ class Batch:
 
     @property
     def active(self) -> int:
-        """Experts that any token chose."""
+        """Number of experts that any token chose."""
         return int(self.topk_ids.flatten().bincount().count_nonzero())
 
     def to(self, dtype: torch.dtype) -> "Batch":
-        """The same with x and out_grad in ``dtype``."""
+        """This batch with x and out_grad in ``dtype``."""
         return replace(self, x=self.x.to(dtype), out_grad=self.out_grad.to(dtype))
 
 
@@ -88,7 +88,7 @@ def batches(workload: Workload, generator: torch.Generator) -> Iterator[Batch]:
 def _choose_experts(workload: Workload, generator: torch.Generator) -> Tensor:
     """[T, K] distinct experts of each token; with ``zipf`` the n-th most popular has odds 1/n.
 
-    Adding Gumbel noise to the logarithms of the odds and taking the K largest draws K without replacement.
+    The K largest logarithms of the odds plus Gumbel noise are K draws without replacement (Kool 2019).
     """
     uniform = torch.rand(workload.tokens, workload.experts, generator=generator).clamp_min(1e-20)
     scores = -torch.log(-torch.log(uniform))

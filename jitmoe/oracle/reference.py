@@ -1,7 +1,7 @@
 """The layer in plain torch: what it computes, said once and slowly.
 
-It is the documentation of the arithmetic and the oracle of every test. It computes in the dtype of ``x``: float64
-inputs make it the oracle, bfloat16 inputs make it the plain PyTorch layer whose error is the bound for our own.
+The reference documents the arithmetic. It computes in the dtype of ``x``: on float64 inputs it is the oracle of every
+test, on bfloat16 inputs the plain PyTorch layer whose error bounds our own.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch.nn.functional import linear, silu
 class LoraTensors(NamedTuple):
     """The six trainable tensors, under the names that the layer's parameters carry.
 
-    E experts, H hidden, I intermediate, r rank: ``lora_a`` is [E, r, in], ``lora_b`` is [E, out, r].
+    ``lora_a`` is [E, r, in] and ``lora_b`` [E, out, r]: E experts, rank r; in and out are H and I, of down I and H.
     """
 
     gate_lora_a: Tensor
@@ -26,7 +26,7 @@ class LoraTensors(NamedTuple):
 
 
 class ExpertSteps(NamedTuple):
-    """What one expert computes: gate and up before the activation [S, I], and out [S, H], not yet weighted."""
+    """What one expert computes: gate and up [S, I] before the activation, and out [S, H] without routing weights."""
 
     gate: Tensor
     up: Tensor
@@ -46,20 +46,20 @@ def moe_reference(
     """Weighted sum over each token's experts of ``down(silu(gate(x)) * up(x))``.
 
     Args:
-        x: [T, H] tokens; every other floating tensor is expected in its dtype, ``weights`` is cast to it.
-        topk_ids: [T, K] integer expert of each slot. An id outside [0, E) is a slot that adds nothing; an expert
-            that a token names twice counts twice.
-        weights: [T, K] factor of each slot.
-        gate_proj: [E, I, H] weights of the gate.
-        up_proj: [E, I, H] weights of the up projection.
-        down_proj: [E, H, I] weights of the down projection.
+        x: [T, H] tokens. Every other floating tensor must have the dtype of ``x``; ``weights`` is cast to it.
+        topk_ids: [T, K] integer expert of each slot. A slot with an id outside [0, E) adds nothing; an expert that a
+            token names twice counts twice.
+        weights: [T, K] routing weights.
+        gate_proj: [E, I, H] base weights of gate.
+        up_proj: [E, I, H] base weights of up.
+        down_proj: [E, H, I] base weights of down.
         lora: the adapters of all three projections, or None for a layer without.
         scale: s = alpha / r (or alpha / sqrt(r)), the factor of every adapter.
 
     Returns:
         [T, H] in the dtype of ``x``, differentiable in every floating tensor.
     """
-    # unbind, not indexing: its backward stacks the experts' gradients once instead of adding E padded copies.
+    # Backward of unbind stacks the experts' gradients once; that of indexing would add E padded copies.
     projections = zip(gate_proj.unbind(0), up_proj.unbind(0), down_proj.unbind(0), strict=True)
     adapters = list(zip(*(tensor.unbind(0) for tensor in lora), strict=True)) if lora else None
     weights = weights.to(x.dtype)
@@ -75,14 +75,14 @@ def moe_reference(
 def expert_reference(
     rows: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, lora: LoraTensors | None, scale: float
 ) -> ExpertSteps:
-    """One expert on ``rows`` [S, H]: matrices as in :func:`moe_reference`, without their first axis."""
+    """One expert on ``rows`` [S, H]; matrices are those of :func:`moe_reference` without their first axis."""
     gate = _lin(rows, gate_proj, lora and lora[0:2], scale)
     up = _lin(rows, up_proj, lora and lora[2:4], scale)
     return ExpertSteps(gate, up, _lin(silu(gate) * up, down_proj, lora and lora[4:6], scale))
 
 
 def _lin(rows: Tensor, weight: Tensor, adapter: tuple[Tensor, ...] | None, scale: float) -> Tensor:
-    """The design's ``lin``: v Wᵀ + s (v Aᵀ) Bᵀ, with ``adapter`` = (A, B)."""
+    """v Wᵀ + s (v Aᵀ) Bᵀ with ``adapter`` = (A, B) (LoRA, Hu 2021)."""
     result = linear(rows, weight)
     if adapter is None:
         return result

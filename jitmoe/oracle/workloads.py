@@ -1,4 +1,4 @@
-"""What is measured: sizes, and the work that they take. Plain arithmetic; nothing is allocated."""
+"""Sizes to measure, and the least work that they take. Nothing is allocated."""
 
 from dataclasses import dataclass, replace
 from typing import cast
@@ -16,9 +16,20 @@ QUICK_DIVISOR = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of one layer and one call of it: E, H, I, K, r, T; ``zipf`` for skewed routing.
+    """Sizes of one layer and one call of it.
 
-    E experts, H hidden, I intermediate, K experts per token, r LoRA rank, T tokens.
+    Attributes:
+        name: in tables.
+        experts: E.
+        hidden: H, elements of a token row.
+        intermediate: I, elements of a row between the up and the down projection.
+        top_k: K, experts per token.
+        rank: LoRA rank, 0 without LoRA.
+        tokens: T.
+        zipf: skewed routing; the n-th most popular expert has odds 1/n.
+
+    Raises:
+        ConfigError: ``top_k`` exceeds ``experts``, or there are no tokens.
     """
 
     name: str
@@ -43,15 +54,15 @@ class Workload:
 
     @property
     def base_elements(self) -> int:
-        """Elements of the three frozen base weights."""
+        """Elements of the base weights of gate, up and down."""
         return 3 * self.experts * self.hidden * self.intermediate
 
     def expected_active(self) -> float:
-        """Experts that a call is expected to touch when every token chooses K of E with equal odds."""
+        """Mean number of experts with rows when every token chooses K of E with equal odds."""
         return self.experts * (1.0 - (1.0 - self.top_k / self.experts) ** self.tokens)
 
     def config(self, isa: str, lora_dtype: str = "float32") -> MoEConfig:
-        """The layer of this workload."""
+        """The config of this workload's layer."""
         return MoEConfig(
             num_experts=self.experts,
             hidden_size=self.hidden,
@@ -63,7 +74,7 @@ class Workload:
         )
 
     def quick(self) -> "Workload":
-        """The same with narrower matrices: for a first look, not for a comparison with published figures."""
+        """This workload with narrower matrices, for a first look; its figures compare with none of the others."""
         hidden, intermediate = (max(size // QUICK_DIVISOR, 1) for size in (self.hidden, self.intermediate))
         return replace(self, name=f"{self.name}/quick", hidden=hidden, intermediate=intermediate)
 
@@ -91,7 +102,7 @@ def find_workload(name: str) -> Workload:
     """The workload of that name.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: there is none.
     """
     if name not in WORKLOADS:
         raise ConfigError(f"unknown workload {name!r}; known are {', '.join(WORKLOADS)}, or give sizes of your own")
@@ -106,7 +117,7 @@ class Work:
     nbytes: float
 
     def roofline_seconds(self, flops: float, bandwidth: float) -> float:
-        """Time below which no program can get with ``flops`` operations and ``bandwidth`` bytes a second."""
+        """Least seconds at ``flops`` operations and ``bandwidth`` bytes a second: the roofline (Williams 2009)."""
         return max(self.flop / flops, self.nbytes / bandwidth)
 
 
@@ -115,11 +126,15 @@ def work_of(
 ) -> Work:
     """Work of a forward pass or, with ``training``, of forward and backward together.
 
+    A multiply-add is two operations. Base weights have no gradient, so backward multiplies each once, as forward does;
+    A and B have gradients, so LoRA takes twice as much in backward. Each pass reads the bfloat16 weights of the active
+    experts once; a slot moves rows of x and out, and of gate, up and a.
+
     Args:
         workload: sizes.
         training: count backward too.
-        active: experts that the call touches, from its routing.
-        rank: LoRA rank where it is not the workload's; 0 counts the base alone.
+        active: number of experts with rows.
+        rank: replaces the workload's LoRA rank; 0 counts the base alone.
         recompute: backward computes gate and up again.
     """
     hidden, intermediate = workload.hidden, workload.intermediate

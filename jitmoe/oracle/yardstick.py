@@ -1,7 +1,7 @@
 """The error rule: how wrong a layer may be, measured by how wrong plain torch is.
 
-A candidate's error against the float64 oracle is compared with the error that the plain bfloat16 torch layer makes on
-the same inputs. No tolerance is tuned by hand.
+The rule compares a candidate's error against the float64 oracle with the error of the plain bfloat16 torch layer on the
+same inputs. No tolerance is tuned by hand.
 """
 
 import math
@@ -15,18 +15,19 @@ from jitmoe.oracle.reference import LoraTensors, expert_reference
 
 RMS_LIMIT, MAX_LIMIT = 0.8, 2.5
 SMALL_RMS_LIMIT, SMALL_MAX_LIMIT = 1.5, 3.0
+"""Largest ratios of a candidate's rms error, and of its largest error, to those of the plain layer."""
 SMALL_SIZE = 256
 """Tensors with fewer elements are judged by the SMALL limits: there both errors are mostly luck."""
 MOST_DRAWS = 8
+"""Most other calls that :func:`draws_needed` asks for."""
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What one call of the layer and its backward get.
 
-    Shapes are those of the contract: x, dout [T, H]; topk_ids, weights [T, K]; gate_proj, up_proj [E, I, H];
-    down_proj [E, H, I]; ``scale`` is LoRA's s. Where x and LoRA are representable in bfloat16 the error measured is
-    that of the arithmetic.
+    x, dout [T, H]; topk_ids, weights [T, K]; gate_proj, up_proj [E, I, H]; down_proj [E, H, I]; ``scale`` is LoRA's s.
+    Where x and LoRA are representable in bfloat16, the arithmetic alone makes the error that is measured.
     """
 
     x: Tensor
@@ -54,18 +55,19 @@ Results = dict[str, Tensor]
 
 
 def title(name: str) -> str:
-    """What people read for the name of a result or of a step: gradients are called as in torch."""
+    """Name of a result or a step for people, who know gradients by their names in torch."""
     return name if name in ("out", "gate", "up") else f"{name}.grad"
 
 
 Errors = dict[str, Tensor]
-"""Differences from the oracle under the same names: one axis, finite, of the elements that any slot reaches."""
+"""Finite differences from the oracle under the same names, flattened, at the elements that any slot reaches."""
 
 
 def results_of_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
     """Results of :func:`~jitmoe.oracle.reference.moe_reference` with every floating tensor cast to ``dtype``.
 
-    Backward runs expert by expert, the last one first as autograd would: one expert's weights are cast at a time.
+    Backward runs expert by expert, the last one first, as autograd does, so that only one expert's weights are cast at
+    a time.
     """
     x, weights, dout = _leaf(inputs.x, dtype), _leaf(inputs.weights, dtype), inputs.dout.to(dtype)
     base = (inputs.gate_proj, inputs.up_proj, inputs.down_proj)
@@ -92,7 +94,7 @@ def results_of_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
 
 
 def results_of_layer(layer: nn.Module, inputs: Inputs) -> Results:
-    """Results of a layer called as ``layer(x, topk_ids, weights)``, after writing the LoRA values into it."""
+    """Results of ``layer(x, topk_ids, weights)`` and its backward, after writing the LoRA values into ``layer``."""
     lora = {name: layer.get_parameter(name) for name in _named(inputs.lora)}
     with torch.no_grad():
         for name, parameter in lora.items():
@@ -119,7 +121,7 @@ class Verdict:
         largest: ratio of the largest errors.
         max_limit: its limit.
         fault: why the error rule is broken, "" where it holds.
-        doubt: why it proves little that it holds, "" where it proves something.
+        doubt: why a rule that holds proves little here, else "".
     """
 
     name: str
@@ -149,8 +151,8 @@ def judge(
         candidate: what is judged.
         inputs: what it was computed from.
         oracle: of :func:`results_of_reference` in float64.
-        plain: of the same in bfloat16.
-        others: errors of the plain layer on other values of such a call, see :func:`errors_of_redraws`.
+        plain: of :func:`results_of_reference` in bfloat16.
+        others: errors of the plain layer on calls with other values, see :func:`errors_of_redraws`.
         coarse: take the SMALL limits for every result.
     """
     assert candidate.keys() == oracle.keys(), f"results {sorted(candidate)}, expected {sorted(oracle)}"
@@ -177,7 +179,7 @@ def judge_one(
         name: of the result.
         candidate: the result.
         oracle: what it should be.
-        plain: errors of the plain layer on this call, then on others like it.
+        plain: errors of the plain layer on this call, and then on others like it.
         reached: leading axes of the result, True where a slot reaches it. Elsewhere it must be exactly zero.
         coarse: take the SMALL limits, however many elements there are.
     """
@@ -205,7 +207,7 @@ def judge_one(
 
 
 def reached(name: str, inputs: Inputs) -> Tensor:
-    """Which leading rows of a result any slot reaches; the others must be exactly zero and are not averaged in."""
+    """Leading rows of a result that any slot reaches. The others must be exactly zero and count in no average."""
     kept = inputs.kept()
     if name == "weights":
         return kept
@@ -215,7 +217,7 @@ def reached(name: str, inputs: Inputs) -> Tensor:
 
 
 def errors_of(candidate: Results, oracle: Results, inputs: Inputs) -> Errors:
-    """Where both are finite, and any slot reaches."""
+    """Errors of ``candidate`` at the elements that are finite and that any slot reaches."""
     errors = {name: (candidate[name].double() - oracle[name])[reached(name, inputs)].flatten() for name in oracle}
     return {name: error[error.isfinite()] for name, error in errors.items()}
 
@@ -226,10 +228,10 @@ def errors_of_plain(inputs: Inputs) -> Errors:
 
 
 def draws_needed(slots: int) -> int:
-    """How many other calls of so many slots tell how wrong plain torch usually is: one alone may be exact by luck.
+    """Number of other calls that show how wrong plain torch usually is, as one call of few slots may be exact by luck.
 
-    One rounding of a routing weight or of a low-rank value is shared by a whole row of a LoRA gradient, so the number
-    of slots says how many independent errors a result has, however many elements it has.
+    A whole row of a LoRA gradient shares one rounding of a routing weight or of u. So the number of independent errors
+    of a result follows the number of slots, not of elements.
     """
     return min(MOST_DRAWS, math.ceil(SMALL_SIZE / slots) - 1) if slots else 0
 
@@ -242,7 +244,7 @@ def errors_of_redraws(inputs: Inputs) -> dict[str, list[Tensor]]:
 
 
 def as_operands(inputs: Inputs) -> Inputs:
-    """``inputs`` with the values of x, dout and LoRA that are representable in bfloat16, in their own dtypes."""
+    """``inputs`` with x, dout and LoRA rounded to bfloat16 and kept in their own dtypes."""
 
     def representable(tensor: Tensor) -> Tensor:
         return tensor.to(torch.bfloat16).to(tensor.dtype)
@@ -252,7 +254,7 @@ def as_operands(inputs: Inputs) -> Inputs:
 
 
 def noise_like(tensor: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """[rows, ...] normal values of the magnitude of the finite ones in ``tensor``, representable in bfloat16."""
+    """[rows, ...] normal values with the rms of the finite values of ``tensor``, representable in bfloat16."""
     rms, _ = _size_of(tensor[tensor.isfinite()].double())
     noise = torch.randn(rows, *tensor.shape[1:], generator=generator) * rms
     return noise.to(torch.bfloat16).to(tensor.dtype)

@@ -9,12 +9,12 @@ import numpy.typing as npt
 from jitmoe.plan.shapes import ceil_div, round_up
 
 GROUP_BYTES = 24 << 20
-"""Panels of one group: rows of several experts that go through the steps together."""
+"""Bytes that the panels of one group may take. The rows of a group go through the steps of a pass together."""
 
 
 @dataclass(frozen=True)
 class Extents:
-    """What the scratch of a call is sized by.
+    """The sizes that decide the scratch of a call.
 
     Attributes:
         tokens: T.
@@ -35,11 +35,11 @@ class Extents:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows cut into segments and segments into groups.
+    """Rows cut into segments, and segments into groups.
 
     Attributes:
         segments: [n, 4] int64: expert, first row, rows, first row block in the group (``Segment`` in call.hpp).
-        bounds: [groups + 1] int64, ranges of segments that share the panels at one time.
+        bounds: [groups + 1] int64: segments ``bounds[g]:bounds[g + 1]`` form group g and share the panels.
         m_step: rows of a row block.
     """
 
@@ -48,7 +48,7 @@ class Groups:
     m_step: int
 
     def extents(self, tokens: int, rank: int, threads: int) -> Extents:
-        """The extents of a call of so many tokens that is cut like this."""
+        """Extents of a call with these groups, on ``tokens`` tokens, LoRA rank ``rank`` and ``threads`` threads."""
         if not len(self.segments):
             return Extents(tokens, 0, 0, 0, rank, threads)
         rows = self.segments[:, 2]
@@ -59,7 +59,13 @@ class Groups:
 
 
 def group_limit(m_step: int, row_bytes: int, group_bytes: int = GROUP_BYTES) -> int:
-    """Rows of a group at the most, padding of their row blocks included: a multiple of ``m_step``."""
+    """Most rows of a group, a multiple of ``m_step``; the padding of its row blocks counts.
+
+    Args:
+        m_step: rows of a row block.
+        row_bytes: bytes of panels for one row, see :func:`~jitmoe.plan.scratch.row_bytes`.
+        group_bytes: bytes that the panels may take; four row blocks are allowed whatever they take.
+    """
     return round_up(max(group_bytes // row_bytes, 4 * m_step), m_step)
 
 
@@ -68,15 +74,15 @@ def worst_extents(
 ) -> Extents:
     """Extents that no routing exceeds, whichever experts the rows go to.
 
-    Each extent is reached by some routing, and all three by the same one where an expert can fill a group: an expert
-    with most of the rows has the largest segment, and one row on each of the others begins the most row blocks.
+    Some routing reaches each extent. Where an expert can fill a group, one routing reaches all three: the expert with
+    most of the rows has the largest segment, and one row on each other expert gives the most row blocks.
 
     Args:
         tokens: T.
         rows: of the call; a call with fewer has smaller extents.
-        active: fewest and most experts that these rows go to.
+        active: fewest and most experts that these rows can go to.
         m_step: rows of a row block.
-        limit: from :func:`group_limit`.
+        limit: most rows of a group, from :func:`group_limit`.
         rank: LoRA rank.
         threads: of the call.
     """
@@ -98,10 +104,17 @@ def plan_groups(
     row_bytes: int,
     group_bytes: int | None = None,
 ) -> Groups:
-    """Cut the rows of ``active`` experts (row ranges in ``offsets``) into groups that fit ``group_bytes``.
+    """Cut the rows of a call into groups that fit ``group_bytes``.
 
-    An expert with more rows than a group holds is cut into even segments, one a group. The cut depends on
-    the routing and the shape alone, never on the number of threads.
+    An expert with more rows than a group holds is cut into even segments, no two of them in one group. The cut depends
+    on the routing and the shape alone, never on the number of threads.
+
+    Args:
+        active: [A] int64 ids of the experts with rows, ascending.
+        offsets: [A + 1] int64; rows ``offsets[i]:offsets[i + 1]`` are those of ``active[i]``.
+        m_step: rows of a row block.
+        row_bytes: bytes of panels for one row.
+        group_bytes: bytes that the panels may take; :data:`GROUP_BYTES` where not given.
     """
     limit = group_limit(m_step, row_bytes, GROUP_BYTES if group_bytes is None else group_bytes)
     segments: list[tuple[int, int, int, int]] = []

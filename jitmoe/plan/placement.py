@@ -1,4 +1,4 @@
-"""Where scratch lies: buffers with lifetimes, packed into one arena, and the proof that live ones don't meet."""
+"""Where scratch lies: buffers with lifetimes, packed into one arena, and the proof that live ones share no address."""
 
 import math
 import random
@@ -12,9 +12,10 @@ ALIGNMENT = 64
 """Bytes: one cache line, so that no two buffers or threads share one."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int64": 8}
+"""Bytes of one element, by dtype."""
 
 SHUFFLES = 64
-"""Orders tried at random where no ordinary one packs a pass as tightly as can be; few sizes need any."""
+"""Random orders to try where no sorted order reaches the lower bound; few sizes need any."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Placed:
-    """A buffer and its offset in the arena."""
+    """A buffer and its offset in the arena, in bytes."""
 
     buffer: Buffer
     offset: int
@@ -57,13 +58,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class ScratchPlan:
-    """Offsets of all scratch buffers of one call; ``nbytes`` is the size of the arena."""
+    """Offsets of all scratch buffers of one pass, and the bytes of the arena."""
 
     placed: tuple[Placed, ...]
     nbytes: int
 
     def fields(self, base: int) -> dict[str, int]:
-        """What the kernels are told: the address of each buffer in an arena at ``base``, and strides of threads."""
+        """Fields of a ``Call``: addresses in an arena at ``base``, and bytes from one thread's part to the next."""
         fields: dict[str, int] = {}
         for item in self.placed:
             fields[item.buffer.name] = base + item.offset
@@ -73,13 +74,17 @@ class ScratchPlan:
 
 
 def place(buffers: Sequence[Buffer], gap: int = 0) -> ScratchPlan:
-    """Pack lifetimes into addresses: in some order, each at the lowest offset free for its whole life.
+    """Place each buffer at the lowest offset that is free for its whole life, in the order that needs least memory.
 
-    Orders are tried until one needs no more than :func:`lower_bound`, so the same buffers always get the same offsets.
-    With a ``gap``, bytes that stay free before and behind each buffer while it lives, the first order is good enough.
+    Orders are tried in a fixed sequence until one needs no more than :func:`lower_bound`, so the same buffers always
+    get the same offsets.
+
+    Args:
+        buffers: scratch of one pass.
+        gap: bytes that stay free before and behind each buffer while it lives. With a gap the first order is taken.
 
     Raises:
-        PlanError: for anything but scratch, which has no place in the arena.
+        PlanError: an item is no :class:`Buffer`; nothing but scratch has a place in the arena.
     """
     for buffer in buffers:
         if not isinstance(buffer, Buffer):
@@ -105,7 +110,7 @@ def lower_bound(buffers: Sequence[Buffer]) -> int:
 def _orders(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
     """Orders to place in, the most promising first: size, size times life, life; then shuffles.
 
-    A buffer that lives from beginning to end wastes nothing at the bottom, so shuffles leave those there.
+    Buffers with the longest life waste nothing at the bottom of the arena, so shuffles leave them there.
     """
     yield sorted(buffers, key=lambda b: (-b.nbytes, b.first, b.name))
     yield sorted(buffers, key=lambda b: (-b.nbytes * (b.last - b.first + 1), b.name))
@@ -136,7 +141,7 @@ def prove(plan: ScratchPlan) -> ScratchPlan:
     """Return ``plan`` if no two buffers overlap both in lifetime and in addresses.
 
     Raises:
-        PlanError: naming the two buffers, or one that does not fit the arena.
+        PlanError: two live buffers share addresses, or one leaves the arena; the message names them.
     """
     for i, one in enumerate(plan.placed):
         if one.offset < 0 or one.end > plan.nbytes or one.offset % ALIGNMENT:

@@ -7,9 +7,10 @@ from jitmoe.plan.shapes import packed_elements
 
 @dataclass(frozen=True)
 class Projection:
-    """One of gate, up and down: ``lin(v) = v W^T + s (v A^T) B^T``, from ``in_`` columns to ``out``.
+    """One of gate, up and down: ``lin(v) = v W^T + s (v A^T) B^T``, from ``in_`` columns to ``out`` columns.
 
-    For E experts and rank r: W is [E, out, in_], A is [E, r, in_], B is [E, out, r].
+    W holds the base weights; A, B and s are those of LoRA (Hu 2021). For E experts and rank r: W is [E, out, in_],
+    A is [E, r, in_], B is [E, out, r].
     """
 
     name: str
@@ -23,11 +24,11 @@ class Projection:
 
     @property
     def packed_elements(self) -> int:
-        """Elements of W of one expert, packed."""
+        """Elements of the packed W of one expert."""
         return packed_elements(self.out, self.in_)
 
     def lora_shapes(self, experts: int, rank: int) -> dict[str, tuple[int, int, int]]:
-        """Names and shapes of A and B."""
+        """Names and shapes of A and B of ``experts`` experts."""
         return {
             f"{self.name}_lora_a": (experts, rank, self.in_),
             f"{self.name}_lora_b": (experts, self.out, rank),

@@ -1,7 +1,7 @@
-"""Every byte of scratch of one call: shape, lifetime and address of each buffer, proved before use.
+"""Every byte of scratch of a pass: shape, lifetime and address of each buffer, proved before use.
 
-A pass is a fixed line of steps, repeated for each group of rows. A buffer is alive from its first to
-its last step; two buffers may share addresses only if their lifetimes do not meet.
+A pass repeats a fixed sequence of steps for each group of rows. A buffer is alive from its first to its last step; two
+buffers may share addresses only if their lifetimes do not meet.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,26 @@ from jitmoe.plan.shapes import K_STEP, N_STRIP, PLANS_KEPT, Shape, ceil_div, rou
 
 FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
+"""Steps of a pass in the order of ``ForwardStep`` (forward.hpp) and ``BackwardStep`` (backward.hpp)."""
 
 CHUNK = 256
-"""Columns of the contraction expanded at a time; mirrors kChunk in gemm/tuning.hpp."""
+"""Columns of the contraction whose weights are expanded or paired at a time; mirrors kChunk in gemm/tuning.hpp."""
 
 
 @lru_cache(PLANS_KEPT)
 def plan_forward(shape: Shape, size: Extents) -> ScratchPlan:
-    """Scratch of a forward call, placed and proved."""
+    """Scratch of a forward pass, placed and proved."""
     return prove(place(forward_buffers(shape, size), canary_bytes(shape)))
 
 
 @lru_cache(PLANS_KEPT)
 def plan_backward(shape: Shape, size: Extents, x_grad: bool, recompute: bool) -> ScratchPlan:
-    """Scratch of a backward call, placed and proved; arguments as of :func:`backward_buffers`."""
+    """Scratch of a backward pass, placed and proved; arguments as of :func:`backward_buffers`."""
     return prove(place(backward_buffers(shape, size, x_grad, recompute), canary_bytes(shape)))
 
 
 def forward_buffers(shape: Shape, size: Extents) -> list[Buffer]:
-    """What a forward call computes in."""
+    """Scratch of a forward pass."""
     load, gate_up, down_low, down = range(4)
     return [
         _sums(shape, size, down),
@@ -44,10 +45,17 @@ def forward_buffers(shape: Shape, size: Extents) -> list[Buffer]:
 
 
 def backward_buffers(shape: Shape, size: Extents, x_grad: bool, recompute: bool) -> list[Buffer]:
-    """Likewise of backward; ``x_grad`` where x wants one, ``recompute`` where gate and up were not saved."""
+    """Scratch of a backward pass.
+
+    Args:
+        shape: of the kernels.
+        size: extents of the call.
+        x_grad: the gradient of x is wanted.
+        recompute: forward saved nothing, so gate, up and u are computed again.
+    """
     load, gate_up, act_grad, low_grads, last = range(5)
     strips = ceil_div(shape.intermediate, N_STRIP)
-    # Of gate and up: u where it is computed again, then the gradients of u. Of down: these, then u again.
+    # Gate and up hold u where it is computed again, and later du. Down holds du first, and later u computed again.
     low = {name: (load if recompute else low_grads, last) for name in ("gate.low", "up.low")}
     low |= {"down.low": (load, low_grads if recompute else act_grad)}
     buffers = [
@@ -89,7 +97,7 @@ def backward_buffers(shape: Shape, size: Extents, x_grad: bool, recompute: bool)
 
 @dataclass(frozen=True)
 class Saved:
-    """What forward keeps of one intermediate for backward."""
+    """A tensor that forward saves for backward."""
 
     name: str
     shape: tuple[int, ...]
@@ -97,7 +105,7 @@ class Saved:
 
 
 def saved_tensors(intermediate: int, rows: int, rank: int) -> tuple[Saved, ...]:
-    """What forward keeps: gate and up before the activation, strip by strip, and the low-rank rows of all three."""
+    """What forward saves: gate and up before the activation, strip by strip, and u of all three projections."""
     strips = saved_shape(intermediate, rows)
     saved = [Saved(f"{name}.saved", strips, "bfloat16") for name in ("gate", "up")]
     if rank:
@@ -106,18 +114,18 @@ def saved_tensors(intermediate: int, rows: int, rank: int) -> tuple[Saved, ...]:
 
 
 def saved_shape(intermediate: int, rows: int) -> tuple[int, int, int]:
-    """Shape of gate, and of up, as they are kept for backward: strip by strip."""
+    """Shape of the saved gate, and of the saved up: strip by strip."""
     return ceil_div(intermediate, N_STRIP), rows, N_STRIP
 
 
 def row_bytes(shape: Shape, training: bool) -> int:
-    """Bytes of panels that one more row of a group takes; what the size of a group is decided by."""
+    """Bytes of panels for one row of a group, in backward (``training``) or forward; they limit the rows of a group."""
     columns = 2 * shape.hidden + 4 * shape.intermediate if training else shape.hidden + shape.intermediate
     return columns * ITEM_BYTES[ISAS[shape.isa].operand]
 
 
 def canary_bytes(shape: Shape) -> int:
-    """Bytes before and behind each buffer that a checked instance fills and looks at; mirrors kLine in checked.hpp."""
+    """Bytes of the canaries on each side of a buffer of a checked instance; mirrors kLine in watch/checked.hpp."""
     return ALIGNMENT if shape.watch == "memory" else 0
 
 
@@ -141,7 +149,7 @@ def _low_rank(shape: Shape, size: Extents, lives: dict[str, tuple[int, int]]) ->
 def _thread_buffers(
     shape: Shape, size: Extents, strips: int, products: tuple[int, int], gathers: tuple[int, int]
 ) -> list[Buffer]:
-    """Of each thread, alive in the steps that multiply strips and in those that gather rows."""
+    """Buffers with a part for each thread, alive in steps that multiply strips (``products``) or gather rows."""
     rows = max(size.segment_rows, 1)
     buffers = [
         Buffer("thread_weights", (size.threads, _weights_items(shape)), "float32", *products),
@@ -154,11 +162,11 @@ def _thread_buffers(
 
 
 def _weights_items(shape: Shape) -> int:
-    """Weights expanded or paired; on AMX pairs of the whole contraction."""
+    """float32 elements for expanded or paired weights: those of a chunk, on AMX of the whole contraction."""
     longest = round_up(max(shape.hidden, shape.intermediate), K_STEP)
     return (longest // 2 if shape.isa == "amx" else CHUNK) * N_STRIP
 
 
 def _gathered_items(shape: Shape, size: Extents) -> int:
-    """Whole rows of one block, or 32 columns of a segment: a multiple of a cache line."""
+    """bfloat16 elements for the rows of one block, or for 32 columns of a segment: a multiple of a cache line."""
     return max(shape.m_step * round_up(shape.hidden, K_STEP), size.segment_rows * N_STRIP)

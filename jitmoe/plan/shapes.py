@@ -15,17 +15,17 @@ N_STRIP = 32
 """Output columns of one strip of packed weights."""
 
 PACKED_LAYOUT = 1
-"""Version of the packed layout (gemm/interface.hpp) and of the files that hold it (packed_file). Raise it when either
+"""Version of the packed layout (gemm/interface.hpp) and of packed files (experts/packed_file.py). Raise it when either
 changes."""
 
 Activation = Literal["silu"]
-"""What makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
+"""The function that makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
 
 Watch = Literal["nothing", "time", "memory", "values"]
 """What an instance records about its calls; mirrors ``Watch`` in shape.hpp."""
 
 PLANS_KEPT = 256
-"""Plans that are kept for calls of the same sizes: to plan a call takes 0.2 ms, to decode a token 3."""
+"""Plans that each cache keeps for calls of the same sizes: planning takes 0.2 ms, decoding a token 3 ms."""
 
 
 def ceil_div(value: int, step: int) -> int:
@@ -39,13 +39,24 @@ def round_up(value: int, step: int) -> int:
 
 
 def packed_elements(out: int, in_: int) -> int:
-    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in pack.hpp."""
+    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in gemm/pack.hpp."""
     return round_up(out, N_STRIP) * round_up(in_, K_STEP)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The structural template parameter of one kernel instance; mirrors ``Shape`` in shape.hpp."""
+    """The template parameter of one kernel instance; mirrors ``Shape`` in shape.hpp.
+
+    Attributes:
+        isa: name of the instruction set.
+        hidden: H, elements of a token row.
+        intermediate: I, elements of a row between the up and the down projection.
+        padded_rank: LoRA rank rounded up to :data:`K_STEP`; 0 without LoRA.
+        m_step: rows of a register block.
+        lora_bf16: LoRA parameters are bfloat16 instead of float32.
+        activation: the function that makes a of gate and up.
+        watch: what the instance records about its calls.
+    """
 
     isa: str
     hidden: int
@@ -58,7 +69,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Short readable identity, used for file names and reports."""
+        """Short readable identity, for reports and cache entries."""
         lora = "bf16" if self.lora_bf16 else "f32"
         special = [word for word in (self.activation, self.watch) if word not in ("silu", "nothing")]
         sizes = f"h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}"
@@ -67,7 +78,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """The kernels of one config on one instruction set, that for the fewest rows first."""
+    """The kernels of one config on one instruction set; the first is for the fewest rows."""
 
     config: MoEConfig
     isa: str
@@ -81,11 +92,10 @@ class KernelPlan:
         return self.shapes[min(passed, len(self.shapes) - 1)]
 
     def reachable(self, slots: int) -> dict[Shape, tuple[int, int]]:
-        """What the routing of ``slots`` slots can lead to.
+        """The kernels that :meth:`select` may choose for ``slots`` slots.
 
         Returns:
-            The kernels that :meth:`select` may choose, each with the fewest and the most active experts that it is
-            chosen for.
+            Each such kernel with the fewest and the most active experts that it is chosen for.
         """
         rows, most = slots, min(self.config.num_experts, slots)
         if not most:
@@ -93,7 +103,7 @@ class KernelPlan:
         if self.config.allow_skip:  # any number of rows
             first, last = (self.shapes.index(self.select(n, 1)) for n in (1, rows))
             return {shape: (1, most) for shape in self.shapes[first : last + 1]}
-        # The choice changes where rows <= limit * active begins to hold, and nowhere else.
+        # The choice changes only where rows <= limit * active begins to hold.
         changes = [ceil_div(rows, limit) for limit in ISAS[self.isa].row_limits]
         counts = sorted({1, most, *(min(max(n, 1), most) for change in changes for n in (change - 1, change))})
         found: dict[Shape, tuple[int, int]] = {}
@@ -109,7 +119,7 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
     ``lora_dtype`` overrides the config's where the parameters were cast after construction.
 
     Raises:
-        ConfigError: if ``config.m_step`` is not a register block of that instruction set.
+        ConfigError: ``config.m_step`` is not a register block of that instruction set.
     """
     assert isa in ISAS
     return _plan_kernels(config, isa, (lora_dtype or config.lora_dtype) == "bfloat16")
