@@ -12,6 +12,11 @@ from jitmoe.isa import ISAS, IsaChoice
 
 LoraDtype = Literal["float32", "bfloat16"]
 
+Activation = Literal["silu", "silu_clamped", "gpt_oss"]
+"""What makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
 LORA_DTYPES: tuple[LoraDtype, ...] = get_args(LoraDtype)
 
 MAX_SIZE = 1 << 40
@@ -31,6 +36,12 @@ class MoEConfig:
         lora_alpha: numerator of the LoRA scale (Hu 2021).
         use_rslora: scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023) instead of alpha / r.
         lora_dtype: "float32" or "bfloat16", dtype of the six LoRA parameters.
+        activation: what makes a of gate and up: "silu", silu(gate) * up; "silu_clamped", the same of gate clamped from
+            above and up clamped on both sides by ``activation_limit`` (DeepSeek-V4); "gpt_oss",
+            gate * sigmoid(alpha * gate) * (up + 1) of the clamped gate and up.
+        activation_alpha: alpha of "gpt_oss".
+        activation_limit: bound of the clamped ones, positive.
+        bias: gate, up and down have frozen biases.
         isa: "auto" or one of :data:`~jitmoe.isa.ISAS`. ``JITMOE_ISA`` overrides it.
         m_step: rows per register block to force, or None to let the planner choose by rows per expert.
         allow_skip: skip a slot whose expert id lies outside [0, E) (expert parallelism) instead of refusing it.
@@ -58,6 +69,10 @@ class MoEConfig:
     batch_invariant: bool = False
     recompute: bool = False
     memory_budget: int | None = None
+    activation: Activation = "silu"
+    activation_alpha: float = 1.702
+    activation_limit: float = 7.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -77,7 +92,12 @@ class MoEConfig:
             raise ConfigError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
         _check_choice("lora_dtype", self.lora_dtype, LORA_DTYPES)
         _check_choice("isa", self.isa, ("auto", *ISAS))
-        for name in ("use_rslora", "allow_skip", "batch_invariant", "recompute"):
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        for name, positive in (("activation_alpha", False), ("activation_limit", True)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
+                raise ConfigError(f"{name} must be a finite number{' above 0' if positive else ''}, got {value!r}")
+        for name in ("bias", "use_rslora", "allow_skip", "batch_invariant", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

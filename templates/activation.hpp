@@ -36,6 +36,12 @@ namespace jitmoe {
 // x / (1 + e^-x), as torch computes it: -inf gives NaN, +inf gives +inf.
 [[gnu::always_inline]] inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+// The numbers of an activation: gate is clamped from above and up on both sides by `limit`.
+struct ActivationNumbers {
+  float alpha;
+  float limit;
+};
+
 // An activation: its value, and with the value its derivatives. Each is written once, for both passes.
 template <Activation A>
 struct ActivationOf;
@@ -49,12 +55,59 @@ struct ActivationGradient {
 // silu(gate) * up
 template <>
 struct ActivationOf<Activation::silu> {
-  [[gnu::always_inline]] static float value(float gate, float up) { return silu(gate) * up; }
+  [[gnu::always_inline]] static float value(float gate, float up, const ActivationNumbers&) {
+    return silu(gate) * up;
+  }
 
-  [[gnu::always_inline]] static ActivationGradient gradient(float gate, float up) {
+  [[gnu::always_inline]] static ActivationGradient gradient(float gate, float up, const ActivationNumbers&) {
     const float s = sigmoid(gate);
-    return {value(gate, up), up * s * (1.0f + gate * (1.0f - s)), silu(gate)};
+    return {silu(gate) * up, up * s * (1.0f + gate * (1.0f - s)), silu(gate)};
   }
 };
+
+// Both with the bound itself inside, as torch.clamp has it, and letting a NaN through.
+[[gnu::always_inline]] inline float clamp_above(float x, float limit) { return x > limit ? limit : x; }
+[[gnu::always_inline]] inline float clamp_below(float x, float limit) { return x < limit ? limit : x; }
+
+// act(min(gate, limit)) * g(clamp(up, -limit, limit)): slopes are zero where a clamp holds.
+template <class Inner>
+struct Clamped {
+  [[gnu::always_inline]] static float value(float gate, float up, const ActivationNumbers& numbers) {
+    return Inner::value(clamp_above(gate, numbers.limit),
+                        clamp_below(clamp_above(up, numbers.limit), -numbers.limit), numbers);
+  }
+
+  [[gnu::always_inline]] static ActivationGradient gradient(float gate, float up,
+                                                            const ActivationNumbers& numbers) {
+    const ActivationGradient inner =
+        Inner::gradient(clamp_above(gate, numbers.limit),
+                        clamp_below(clamp_above(up, numbers.limit), -numbers.limit), numbers);
+    const bool gate_held = gate > numbers.limit;
+    const bool up_held = (up > numbers.limit) | (up < -numbers.limit);
+    return {inner.value, gate_held ? 0.0f : inner.by_gate, up_held ? 0.0f : inner.by_up};
+  }
+};
+
+// silu of the clamped gate times the clamped up (DeepSeek-V4).
+template <>
+struct ActivationOf<Activation::silu_clamped> : Clamped<ActivationOf<Activation::silu>> {};
+
+// gate * sigmoid(alpha * gate) * (up + 1)
+struct SwishOfUpPlusOne {
+  [[gnu::always_inline]] static float value(float gate, float up, const ActivationNumbers& numbers) {
+    return gate / (1.0f + exponential(-numbers.alpha * gate)) * (up + 1.0f);
+  }
+
+  [[gnu::always_inline]] static ActivationGradient gradient(float gate, float up,
+                                                            const ActivationNumbers& numbers) {
+    const float s = sigmoid(numbers.alpha * gate);
+    const float swish = gate / (1.0f + exponential(-numbers.alpha * gate));
+    return {swish * (up + 1.0f), (up + 1.0f) * s * (1.0f + numbers.alpha * gate * (1.0f - s)), swish};
+  }
+};
+
+// The same of the clamped gate and up (gpt-oss).
+template <>
+struct ActivationOf<Activation::gpt_oss> : Clamped<SwishOfUpPlusOne> {};
 
 }  // namespace jitmoe

@@ -4,7 +4,7 @@
 //   gate_up     gate and up again, only with recomputation                             32 columns of I
 //   act_grad    da = dout W + du A of down;  dgate, dup = w da (act(gate) * up)';      32 columns of I
 //               gradients of down A += w du^T a, gate B += dgate^T u, up B += dup^T u
-//   low_grads   du = s dgate B of gate, s dup B of up;  dw = <da, a>; with recomputation u of down again
+//   low_grads   du = s dgate B of gate, s dup B of up;  dw = <da, a> + <dout, bias>; with recomputation u of down again
 //   x_grad      dx[token] += dgate W + du A of gate, dup W + du A of up                 32 columns of H
 //               gradients of gate A += du^T x, up A += du^T x, down B += w dout^T u
 //
@@ -43,12 +43,25 @@ struct Backward : Forward<S, Gemm> {
 
   void load(const Block& block) const {
     gather(Tensor::dout, call.out_grad, block, call.out_panel);
+    if constexpr (S.bias) add_bias_dots(block);
     make_du(down, call.out_panel, block, call.row_weight + block.row);
     if (recomputes())
       load_x(block, rows(Access::write, call.gate.u_rows, block, call.rank),
              rows(Access::write, call.up.u_rows, block, call.rank));
     else if constexpr (kTraced) {
       if (wants_lora()) observe_saved<S>(call, block, thread.rows);
+    }
+  }
+
+  // The part <dout, bias of down> of dw, from the rows that were just gathered.
+  void add_bias_dots(const Block& block) const {
+    constexpr int64_t stride = round_up(S.hidden, kKStep);
+    const float* bias = call.down.bias + block.segment->expert * S.hidden;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const bf16* dout = thread.rows + row * stride;
+      float lanes[kStrip] = {};
+      for (int64_t c = 0; c < S.hidden; ++c) lanes[c % kStrip] += to_float(dout[c]) * bias[c];
+      call.weights_grad[call.row_slot[block.row + row]] = tree_sum<kStrip>(lanes);
     }
   }
 
@@ -91,9 +104,10 @@ struct Backward : Forward<S, Gemm> {
       show(Tensor::up, segment, index, S.intermediate, ups);
     }
     clear_padding(das, segment.rows, columns);
+    const ActivationNumbers numbers = this->numbers();
     for (int64_t row = 0; row < segment.rows; ++row) {
       const int64_t at = row * kStrip;
-      activation_grad(call.row_weight[segment.row + row], das + at, acts + at, gates + at, ups + at);
+      activation_grad(numbers, call.row_weight[segment.row + row], das + at, acts + at, gates + at, ups + at);
       parts[row * kActStrips + index] = tree_sum<kStrip>(das + at);
     }
     if (!needs_acts()) show(Tensor::act, segment, index, S.intermediate, acts);
@@ -104,24 +118,17 @@ struct Backward : Forward<S, Gemm> {
   }
 
   // One row of 32 columns, in place: da, gate and up become da * a, dgate and dup; a is written beside them.
-  static void activation_grad(float weight, float* das, float* acts, float* gates, float* ups) {
+  static void activation_grad(const ActivationNumbers& numbers, float weight, float* das, float* acts,
+                              float* gates, float* ups) {
 #pragma omp simd
     for (int64_t c = 0; c < kStrip; ++c) {
-      const ActivationGradient result = ActivationOf<S.activation>::gradient(gates[c], ups[c]);
+      const ActivationGradient result = ActivationOf<S.activation>::gradient(gates[c], ups[c], numbers);
       const float a = round_to_bf16(result.value);
       gates[c] = weight * das[c] * result.by_gate;
       ups[c] = weight * das[c] * result.by_up;
       das[c] = das[c] * a;
       acts[c] = a;
     }
-  }
-
-  // A fixed tree: the same bits on every compiler's vector width.
-  template <int64_t N>
-  static float tree_sum(float* values) {
-    if constexpr (N == 1) return values[0];
-    for (int64_t i = 0; i < N / 2; ++i) values[i] += values[i + N / 2];
-    return tree_sum<(N > 1 ? N / 2 : 1)>(values);
   }
 
   void low_grads(const Block& block) const {
@@ -136,9 +143,10 @@ struct Backward : Forward<S, Gemm> {
     const float* parts = rows(Access::read, call.dot_parts, block, kActStrips);
     const Lap<S> lap(thread.clocks, Phase::low_rank);
     for (int64_t row = 0; row < block.rows; ++row, parts += kActStrips) {
-      float sum = 0;
+      float& grad = call.weights_grad[call.row_slot[block.row + row]];
+      float sum = S.bias ? grad : 0.0f;
       for (int64_t strip = 0; strip < kActStrips; ++strip) sum += parts[strip];
-      call.weights_grad[call.row_slot[block.row + row]] = sum;
+      grad = sum;
     }
   }
 

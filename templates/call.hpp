@@ -7,7 +7,7 @@
 
 namespace jitmoe {
 
-inline constexpr int kAbiVersion = 2;
+inline constexpr int kAbiVersion = 3;
 
 // A run of rows of one expert that is computed together. Row blocks of a group are numbered from 0.
 struct Segment {
@@ -47,6 +47,7 @@ struct PerThread {
 struct Projection {
   // Of the caller.
   const bf16* weights;     // [E, out, in], packed as in gemm/interface.hpp
+  const float* bias;       // [E, out]
   Matrices<const void> a;  // [E, r, in]
   Matrices<const void> b;  // [E, out, r]
   Matrices<float> a_grad;  // of experts with rows all written, others not; all six null where none is wanted
@@ -83,6 +84,8 @@ struct Call {
   int64_t rank;
   int64_t threads;
   double scale;
+  double alpha;  // of the activation
+  double limit;
   GatherRows gather_rows;
   SumRows sum_rows;
   // Scratch beside that of the projections. Panels are row block after row block.

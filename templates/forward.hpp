@@ -45,9 +45,10 @@ struct Forward : Pass<S, Gemm> {
       store_bf16(ups, segment.rows, up_to);
     }
     if (!wants_act) return;
+    const ActivationNumbers numbers = this->numbers();
 #pragma omp simd
     for (int64_t i = 0; i < segment.rows * kStrip; ++i)
-      gates[i] = round_to_bf16(ActivationOf<S.activation>::value(gates[i], ups[i]));
+      gates[i] = round_to_bf16(ActivationOf<S.activation>::value(gates[i], ups[i], numbers));
     show(Tensor::act, segment, index, S.intermediate, gates);
     put(gates, segment, index, call.act_panel);
   }

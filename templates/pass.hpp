@@ -11,6 +11,14 @@
 
 namespace jitmoe {
 
+// A fixed tree: the same bits on every compiler's vector width.
+template <int64_t N>
+float tree_sum(float* values) {
+  if constexpr (N == 1) return values[0];
+  for (int64_t i = 0; i < N / 2; ++i) values[i] += values[i + N / 2];
+  return tree_sum<(N > 1 ? N / 2 : 1)>(values);
+}
+
 enum class Name { gate, up, down };
 
 // One projection for the steps: its place in the call, its extents, and what its tensors and phases are called.
@@ -179,9 +187,11 @@ struct Pass {
   void project(const P& of, void* const& v_panel, const Segment& segment, int64_t strip, const bf16* next,
                float* result) const {
     const Weights weights{of.strip(segment.expert, strip), next, kBlockElements};
-    const SumStart start = with_lora(SumStart::zeros(), of.at, segment, [&](float* b) {
-      load_rows<S, Gemm>({of.at.b, segment.expert}, call.rank, strip * kStrip, width(P::kOut, strip), b);
-    });
+    alignas(64) float room[kStrip];
+    const SumStart start =
+        with_lora(start_of(of, segment.expert, strip, room), of.at, segment, [&](float* b) {
+          load_rows<S, Gemm>({of.at.b, segment.expert}, call.rank, strip * kStrip, width(P::kOut, strip), b);
+        });
     const Operand* v = panel(Access::read, v_panel, segment, P::kIn);
     float* scratch = expanded();
     {
@@ -205,6 +215,17 @@ struct Pass {
     float* scratch = expanded();
     const Lap<S> lap(thread.clocks, P::kBackward);
     Gemm::backward(dv, segment.rows, P::kOut, weights, start, result, scratch);
+  }
+
+  // Zeros, or the bias of a strip of outputs; where the strip is the last one, in `room` and padded.
+  template <class P>
+  static SumStart start_of(const P& of, int64_t expert, int64_t strip, float (&room)[kStrip]) {
+    if constexpr (!S.bias) return SumStart::zeros();
+    const float* bias = of.at.bias + expert * P::kOut + strip * kStrip;
+    const int64_t columns = width(P::kOut, strip);
+    if (columns == kStrip) return SumStart::bias(bias);
+    for (int64_t c = 0; c < kStrip; ++c) room[c] = c < columns ? bias[c] : 0.0f;
+    return SumStart::bias(room);
   }
 
   // `start` and the LoRA K-step: low-rank rows times what `load` puts into a strip of this thread.
@@ -240,6 +261,9 @@ struct Pass {
   static void clear_padding(float* strip, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t c = columns; c < kStrip; ++c) strip[row * kStrip + c] = 0.0f;
+  }
+  ActivationNumbers numbers() const {
+    return {static_cast<float>(call.alpha), static_cast<float>(call.limit)};
   }
   void show(Tensor what, const Segment& segment, int64_t strip, int64_t columns, const float* values) const {
     if constexpr (kTraced) observe_strip(call, what, segment, strip, columns, values);

@@ -7,7 +7,7 @@ namespace jitmoe {
 enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
 
 // a = activation(gate, up): see activation.hpp.
-enum class Activation { silu };
+enum class Activation { silu, silu_clamped, gpt_oss };
 
 // What an instance records about its calls, besides computing them. `nothing` costs nothing.
 enum class Watch { nothing, time, memory, values };
@@ -20,7 +20,8 @@ struct Shape {
   int64_t m_step;        // rows of one register block
   bool lora_bf16;        // LoRA parameters are bfloat16 instead of float32
   Activation activation;
-  Watch watch;  // time: see Lap in parallel.hpp; memory: see checked.hpp; values: see traced.hpp
+  bool bias;    // gate, up and down have biases
+  Watch watch;  // time: see watch/timed.hpp; memory: watch/checked.hpp; values: watch/traced.hpp
 };
 
 inline constexpr int64_t kKStep = 32;  // columns of a packed block along the contraction

@@ -123,13 +123,17 @@ def config_of(case: Case, isa: str, **options: Any) -> MoEConfig:
         lora_dtype=str(case.lora_dtype).removeprefix("torch."),
         isa=isa,
         allow_skip=case.routing == "skipped_slots",
+        activation=case.activation.name,
+        activation_alpha=case.activation.alpha,
+        activation_limit=case.activation.limit,
+        bias=case.bias,
         **options,
     )
 
 
 def layer_of(inputs: Inputs, isa: str, **options: Any) -> MoELayer:
     """A layer with the base and LoRA values of ``inputs`` that really runs on ``isa``."""
-    layer = MoELayer(config_of(inputs.case, isa, **options), inputs.gate_proj, inputs.up_proj, inputs.down_proj)
+    layer = MoELayer(config_of(inputs.case, isa, **options), **inputs.base())
     assert layer.isa == isa, f"asked for {isa}, got {layer.isa}: another instruction set proves nothing about it"
     set_lora(layer, inputs)
     return layer

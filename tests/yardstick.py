@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jitmoe.oracle import yardstick
-from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.reference import SILU, Activation, Biases, LoraTensors
 from jitmoe.oracle.yardstick import SMALL_SIZE, Results, results_of_layer, results_of_reference
 
 __all__ = [
@@ -40,11 +40,18 @@ class Case:
     x_dtype: torch.dtype = torch.bfloat16
     weights_dtype: torch.dtype = torch.float32
     lora_dtype: torch.dtype = torch.float32
+    activation: Activation = SILU
+    bias: bool = False
+    magnitudes: tuple[float, ...] = (1.0,)
     seed: int = 0
 
     def __str__(self) -> str:
         return self.name
 
+
+APART = (0.5, 256.0)
+"""Magnitudes of the tokens in turn: gate and up lie far within the limit of a clamp or far outside. At the limit its
+slope jumps, and a value that is rounded there has the slope of the other side, in torch's bfloat16 as in ours."""
 
 CASES: tuple[Case, ...] = (
     Case("small", experts=4, hidden=64, intermediate=96, top_k=2, rank=8, tokens=24),
@@ -69,11 +76,15 @@ CASES: tuple[Case, ...] = (
     Case("bfloat16_lora", 4, 64, 96, 2, rank=8, tokens=24, lora_dtype=torch.bfloat16),
     Case("bfloat16_weights", 4, 64, 96, 2, rank=8, tokens=24, weights_dtype=torch.bfloat16),
     Case("float32_x", 4, 64, 96, 2, rank=8, tokens=24, x_dtype=torch.float32),
+    Case("clamped", 4, 48, 80, 2, rank=8, tokens=40, activation=Activation("silu_clamped"), magnitudes=APART),
+    Case("biases", 5, 65, 47, 3, rank=8, tokens=40, bias=True),
+    Case("gpt_oss", 5, 47, 65, 3, rank=8, tokens=40, activation=Activation("gpt_oss"), bias=True, magnitudes=APART),
+    Case("gpt_oss_of_its_own", 3, 64, 96, 2, rank=0, tokens=24, activation=Activation("gpt_oss"), bias=True),
 )
 """The edge shapes that every kernel, instruction set and LoRA dtype is tested on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs(yardstick.Inputs):
     """Inputs of ``case``. Every floating value is representable in bfloat16, except the ``weights`` of a case that
     asks for float32: so the error measured is that of the arithmetic."""
@@ -96,6 +107,7 @@ def make_inputs(case: Case) -> Inputs:
         return normal(case.experts, fan_out, case.rank, std=0.05).to(case.lora_dtype)
 
     hidden, intermediate = case.hidden, case.intermediate
+    magnitudes = torch.tensor(case.magnitudes).repeat(case.tokens)[: case.tokens, None].bfloat16()
     lora = None
     if case.rank:
         a_and_b = (
@@ -104,7 +116,7 @@ def make_inputs(case: Case) -> Inputs:
         lora = LoraTensors(*(tensor for pair in a_and_b for tensor in pair))
     return Inputs(
         case=case,
-        x=normal(case.tokens, hidden).to(case.x_dtype),
+        x=(normal(case.tokens, hidden) * magnitudes).to(case.x_dtype),
         topk_ids=_route(case, generator),
         weights=torch.randn(case.tokens, case.top_k, generator=generator).softmax(-1).to(case.weights_dtype),
         gate_proj=normal(case.experts, intermediate, hidden, std=hidden**-0.5),
@@ -113,6 +125,10 @@ def make_inputs(case: Case) -> Inputs:
         lora=lora,
         dout=normal(case.tokens, hidden).to(case.x_dtype),
         scale=case.scale,
+        activation=case.activation,
+        biases=Biases(*(normal(case.experts, out, std=0.5).float() for out in (intermediate, intermediate, hidden)))
+        if case.bias
+        else None,
     )
 
 

@@ -32,6 +32,9 @@ class Call:
         rank: LoRA rank.
         scale: LoRA scale s.
         saves: whether forward saves gate, up and the low-rank products for backward.
+        alpha: of the activation.
+        limit: of the activation.
+        biases: float32 [E, out], contiguous, by name as in the layer; none for a layer without.
         base: packed weights by name of the projection. Any object that the layer holds them in.
         versions: those of ``base`` in forward.
     """
@@ -44,6 +47,9 @@ class Call:
     rank: int
     scale: float
     saves: bool
+    alpha: float
+    limit: float
+    biases: Mapping[str, Any]
     base: Mapping[str, Any]
     versions: tuple[int, ...]
 
@@ -116,6 +122,8 @@ def _routing(call: Call, groups: Groups, row_weight: npt.NDArray[np.float32], th
         "rank": call.rank,
         "threads": threads,
         "scale": call.scale,
+        "alpha": call.alpha,
+        "limit": call.limit,
         "gather_rows": supplies().gather_rows(),
         "sum_rows": supplies().sum_rows(),
     }

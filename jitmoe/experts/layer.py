@@ -13,6 +13,7 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
 from jitmoe.experts.call import Call
+from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
 from jitmoe.experts.ops import MoEFunction, versions_of
 from jitmoe.experts.pack import (
     ExpertSource,
@@ -32,8 +33,6 @@ from jitmoe.memory.budget import check_call, check_layer
 from jitmoe.plan.projections import NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
-FLOATS = (torch.float32, torch.bfloat16)
-
 NEXT_CALL, ON_NONFINITE = "next_call", "on_nonfinite"
 """What :meth:`MoELayer.capture` writes."""
 
@@ -51,6 +50,9 @@ class MoELayer(nn.Module):
             into the layer's only copy; the layer keeps no reference to the source.
         up_proj: bfloat16 [E, I, H], likewise.
         down_proj: bfloat16 [E, H, I], likewise.
+        gate_bias: bfloat16 or float32 [E, I], frozen; with ``config.bias`` alone, and kept as float32.
+        up_bias: likewise.
+        down_bias: bfloat16 or float32 [E, H], likewise.
 
     Parameters (``config.lora_dtype``, absent with ``lora_rank=0``): ``gate_lora_a``, ``up_lora_a`` [E, r, H];
     ``gate_lora_b``, ``up_lora_b`` [E, I, r]; ``down_lora_a`` [E, r, I]; ``down_lora_b`` [E, H, r]. A is initialised
@@ -69,6 +71,10 @@ class MoELayer(nn.Module):
         gate_proj: ExpertSource | PackedExperts,
         up_proj: ExpertSource | PackedExperts,
         down_proj: ExpertSource | PackedExperts,
+        *,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -79,12 +85,20 @@ class MoELayer(nn.Module):
             packed = source.tensor if isinstance(source, PackedExperts) else self._pack(projection, source)
             self.register_buffer(f"packed_{projection.name}", packed, persistent=False)
             self._seal.close(projection.name, packed)
+        for projection, bias in zip(self._projections, (gate_bias, up_bias, down_bias), strict=True):
+            extent = (config.num_experts, projection.out)
+            if config.bias:
+                self.register_buffer(projection.bias_name, check_bias(projection.bias_name, bias, extent))
+            elif bias is not None:
+                raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
         for name, shape in self._lora_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
         self.reset_lora_parameters()
 
     @classmethod
-    def from_packed(cls, config: MoEConfig, path: str | os.PathLike[str], verify: bool = True) -> "MoELayer":
+    def from_packed(
+        cls, config: MoEConfig, path: str | os.PathLike[str], verify: bool = True, **biases: torch.Tensor
+    ) -> "MoELayer":
         """A layer whose base weights stay in a file that :meth:`save_packed` wrote.
 
         The file is mapped, not read: all processes share its pages, and what was not used for long may leave memory.
@@ -97,12 +111,13 @@ class MoELayer(nn.Module):
             verify: read all of it once and compare digests, or a damaged weight would be a wrong result. False maps
                 it at once: for files larger than memory, or that another process has just verified. What the header
                 says, sizes and length are checked in any case.
+            **biases: as for the constructor; the file does not hold them.
 
         Raises:
             PackedFileError: no such file, of another layout version or other sizes, or damaged.
         """
         experts = open_packed(Path(path), config, verify)
-        return cls(config, *experts.values())
+        return cls(config, *experts.values(), **biases)
 
     def save_packed(self, path: str | os.PathLike[str]) -> None:
         """Write the packed base weights, without LoRA, to a file for :meth:`from_packed`.
@@ -145,9 +160,9 @@ class MoELayer(nn.Module):
             BudgetError: the call could take more than ``config.memory_budget``.
         """
         hidden, top_k = self.config.hidden_size, self.config.top_k
-        _check("x", x, FLOATS, hidden)
-        _check("topk_ids", topk_ids, (torch.int64, torch.int32), top_k)
-        _check("weights", weights, FLOATS, top_k)
+        check_dense("x", x, FLOATS, hidden)
+        check_dense("topk_ids", topk_ids, (torch.int64, torch.int32), top_k)
+        check_dense("weights", weights, FLOATS, top_k)
         lead = x.shape[:-1]
         for name, tensor in (("topk_ids", topk_ids), ("weights", weights)):
             if tensor.shape[:-1] != lead:
@@ -185,6 +200,10 @@ class MoELayer(nn.Module):
             for projection, packed in zip(self._projections, self._packed().values(), strict=True)
         }
 
+    def biases(self) -> dict[str, torch.Tensor]:
+        """The frozen biases, float32 gate_bias, up_bias [E, I], down_bias [E, H]; none without ``config.bias``."""
+        return {p.bias_name: getattr(self, p.bias_name) for p in self._projections if self.config.bias}
+
     def extra_repr(self) -> str:
         """Sizes and instruction set, shown by ``print(model)``."""
         c = self.config
@@ -210,6 +229,9 @@ class MoELayer(nn.Module):
             scale=config.lora_scale,
             saves=trains and not config.recompute,
             base=base,
+            biases=self.biases(),
+            alpha=config.activation_alpha,
+            limit=config.activation_limit,
             versions=versions_of(base),
         )
 
@@ -285,16 +307,3 @@ class MoELayer(nn.Module):
             packed = self._packed()[projection.name]
             pack_experts(self._any_kernels(), key, state_dict[key], packed, projection.out, projection.in_)
             self._seal.close(projection.name, packed)
-
-
-def _check(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], last: int) -> None:
-    """Refuse what is not a dense CPU tensor [..., last] of one of ``dtypes``."""
-    if not isinstance(tensor, torch.Tensor):
-        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise InputTypeError(f"{name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
-    if tensor.dim() < 1 or tensor.shape[-1] != last:
-        raise InputError(f"{name} must have shape [..., {last}], got {list(tensor.shape)}")

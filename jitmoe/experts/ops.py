@@ -125,6 +125,7 @@ def _row_weight(call: Call, weights: torch.Tensor) -> npt.NDArray[np.float32]:
 def _inputs(call: Call, operand: torch.Tensor, lora: Sequence[torch.Tensor]) -> Fields:
     fields = {"x": operand.data_ptr()}
     fields |= {f"{name}.weights": packed.data_ptr() for name, packed in call.base.items()}
+    fields |= {name.replace("_", "."): bias.data_ptr() for name, bias in call.biases.items()}
     for name, tensor in zip(LORA_NAMES, lora, strict=False):
         fields |= _view(_field(name), tensor)
     return fields

@@ -50,6 +50,7 @@ class Captured:
             "versions": _versions(),
             "experts": active,
             **self.layer.unpack(active.tolist()),
+            **{name: bias[active] for name, bias in self.layer.biases().items()},
             **{name: tensor.detach()[active] for name, tensor in lora.items()},
             "x": self.x.detach().clone(),
             "topk_ids": self.topk_ids,

@@ -14,7 +14,7 @@ from jitmoe.experts.layer import MoELayer
 from jitmoe.inspect.replay import Comparison, compare
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.oracle.data import batches, make_base, make_lora
-from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.reference import Activation, Biases, LoraTensors
 from jitmoe.oracle.workloads import Workload
 from jitmoe.oracle.yardstick import Inputs
 
@@ -37,12 +37,19 @@ def make_call(config: MoEConfig, tokens: int) -> Inputs:
         lora=LoraTensors(*(t.to(getattr(torch, config.lora_dtype)) for t in lora)) if lora else None,
         dout=batch.out_grad,
         scale=config.lora_scale,
+        activation=Activation.of(config),
+        biases=_make_biases(config, generator) if config.bias else None,
     )
+
+
+def _make_biases(config: MoEConfig, generator: torch.Generator) -> Biases:
+    outs = (config.intermediate_size, config.intermediate_size, config.hidden_size)
+    return Biases(*(torch.randn(config.num_experts, out, generator=generator) / 2 for out in outs))
 
 
 def make_layer(config: MoEConfig, inputs: Inputs) -> MoELayer:
     """The layer of ``config`` with the base weights of ``inputs``."""
-    return MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
+    return MoELayer(config, **inputs.base())
 
 
 def comparisons(layer: MoELayer, inputs: Inputs) -> Iterator[tuple[str, Comparison]]:

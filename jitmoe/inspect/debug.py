@@ -10,7 +10,7 @@ from torch import Tensor
 from jitmoe.experts.layer import MoELayer
 from jitmoe.inspect.capture import node_of
 from jitmoe.inspect.replay import compare
-from jitmoe.oracle.reference import ExpertSteps, LoraTensors, expert_reference
+from jitmoe.oracle.reference import Biases, ExpertSteps, LoraTensors, expert_reference
 from jitmoe.oracle.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
 from jitmoe.plan.shapes import plan_kernels
 
@@ -103,7 +103,8 @@ def _reference_steps(alone: Inputs, expert: int, dtype: torch.dtype) -> ExpertSt
 
     lora = LoraTensors(*map(cast, alone.lora)) if alone.lora else None
     gate, up, down = map(cast, (alone.gate_proj, alone.up_proj, alone.down_proj))
-    return expert_reference(alone.x.to(dtype), gate, up, down, lora, alone.scale)
+    biases = Biases(*map(cast, alone.biases)) if alone.biases else None
+    return expert_reference(alone.x.to(dtype), gate, up, down, lora, alone.scale, alone.activation, biases)
 
 
 def _in_order(verdicts: list[Verdict]) -> list[Verdict]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from jitmoe.config import LoraDtype, MoEConfig
 from jitmoe.errors import CaptureError, JitmoeError
 from jitmoe.inspect.capture import FORMAT
-from jitmoe.oracle.reference import LoraTensors
+from jitmoe.oracle.reference import Activation, Biases, LoraTensors
 from jitmoe.oracle.yardstick import Inputs, Results, noise_like
-from jitmoe.plan.projections import lora_shapes
+from jitmoe.plan.projections import NAMES, lora_shapes
 
 LOG_KEYS = {
     "num_experts": "expert_num",
@@ -164,6 +164,8 @@ def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> 
         lora=lora,
         dout=noise_like(x, len(x), torch.Generator().manual_seed(0)) if grad is None else grad,
         scale=config.lora_scale,
+        activation=Activation.of(config),
+        biases=Biases(*(_tensor(content, f"{name}_bias") for name in NAMES)) if config.bias else None,
     )
 
 

@@ -131,7 +131,7 @@ class Replay:
         m_step = recording.config.m_step if isa == recording.isa else None
         config, inputs = replace(recording.config, isa=cast(IsaChoice, isa), m_step=m_step), recording.inputs
         self.recording = recording
-        self.layer = MoELayer(config, inputs.gate_proj, inputs.up_proj, inputs.down_proj)
+        self.layer = MoELayer(config, **inputs.base())
 
     def summary(self) -> str:
         """Sizes and layer, the notes of the recording, and whether the same bits come out again."""

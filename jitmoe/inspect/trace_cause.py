@@ -36,7 +36,7 @@ def _forward_steps(again: str = "") -> list[Step]:
     for name in ("gate", "up"):
         steps += [
             Step(f"{name} u{again}", ((x, f"{name}_lora_a"),)),
-            Step(f"{name}{again}", ((x, f"{name}_proj"), (f"{name} u{again}", f"{name}_lora_b"))),
+            Step(f"{name}{again}", ((x, f"{name}_proj"), (f"{name} u{again}", f"{name}_lora_b"), (f"{name}_bias",))),
         ]
     return [
         *steps,
@@ -50,7 +50,7 @@ AGAIN = " again"
 
 FORWARD: tuple[Step, ...] = (
     *_forward_steps(),
-    Step("down", (("act", "down_proj"), ("down u", "down_lora_b"))),
+    Step("down", (("act", "down_proj"), ("down u", "down_lora_b"), ("down_bias",))),
     Step("out", (("weights", "down"),)),
 )
 
@@ -61,7 +61,7 @@ BACKWARD: tuple[Step, ...] = (
     Step("dact", (("dout", "down_proj"), ("down du", "down_lora_a")), axis=1),
     Step("dgate", (("weights", "dact", "up again", "gate again"),)),
     Step("dup", (("weights", "dact", "gate again"),)),
-    Step("dweights", (("dact", "act again"),)),
+    Step("dweights", (("dact", "act again"), ("dout", "down_bias"))),
     Step("gate du", (("dgate", "gate_lora_b"),), axis=1),
     Step("up du", (("dup", "up_lora_b"),), axis=1),
     Step(
@@ -81,7 +81,7 @@ BACKWARD: tuple[Step, ...] = (
 STEPS = {"forward": FORWARD, "backward": BACKWARD}
 """Steps of a pass in the order of the computation: each comes after all that it reads."""
 
-AXES = {"proj": ("out", "in"), "lora_a": ("rank", "in"), "lora_b": ("out", "rank")}
+AXES = {"proj": ("out", "in"), "bias": ("out", "1"), "lora_a": ("rank", "in"), "lora_b": ("out", "rank")}
 """Axes of a parameter of one expert, by the end of its name."""
 
 

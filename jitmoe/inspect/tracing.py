@@ -145,6 +145,10 @@ class Recorder:
     def _scan_parameters(self) -> None:
         for projection in self._projections:
             self._scan_base(projection)
+            field = f"{projection.name}.bias"
+            for expert, _, _ in self._experts() if self._record[field] else ():
+                at = int(self._record[field]) + expert * projection.out * 4
+                self._scan_parameter(projection.bias_name, expert, array_at(at, np.float32, (projection.out, 1)))
         dtype = np.uint16 if self._launch.shape.lora_bf16 else np.float32
         for projection in self._projections:
             for parameter, extent in self._lora_extents(projection).items():

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from jitmoe.errors import KernelError
 from jitmoe.plan.projections import NAMES
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Version of the interface; ``kAbiVersion`` in call.hpp."""
 
 PHASES = (
@@ -37,6 +37,7 @@ def _per_thread(name: str) -> tuple[str, str]:
 PROJECTION = (
     *(
         "weights",
+        "bias",
         *view_fields("a"),
         *view_fields("b"),
         *view_fields("a_grad"),
@@ -48,12 +49,15 @@ PROJECTION = (
 )
 """Fields of a ``Projection`` (call.hpp) in their order."""
 
+NUMBERS = ("scale", "alpha", "limit")
+"""Fields that are no addresses and no counts: float64."""
+
 FIELDS = (
     *("x", "out_grad"),
     *(f"{name}.{field}" for name in NAMES for field in PROJECTION),
     *("result", "result_float", "weights_grad"),
     *("row_token", "row_slot", "row_weight", "segments", "group_segments"),
-    *("groups", "tokens", "rows", "rank", "threads", "scale", "gather_rows", "sum_rows"),
+    *("groups", "tokens", "rows", "rank", "threads", "scale", "alpha", "limit", "gather_rows", "sum_rows"),
     *("sums", "x_panel", "out_panel", "act_panel", "dot_parts"),
     *_per_thread("thread_weights"),
     *_per_thread("thread_strips"),
@@ -63,7 +67,7 @@ FIELDS = (
 )
 """Fields of a ``Call`` (call.hpp) in their order; members of members with dots."""
 
-CALL = np.dtype([(name, np.float64 if name == "scale" else np.int64) for name in FIELDS])
+CALL = np.dtype([(name, np.float64 if name in NUMBERS else np.int64) for name in FIELDS])
 
 Record = npt.NDArray[np.void]
 """One ``Call``, 0-dimensional: addresses and numbers under the names of :data:`FIELDS`."""

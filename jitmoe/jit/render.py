@@ -73,6 +73,7 @@ def render(shape: Shape) -> Instance:
         m_step=shape.m_step,
         lora_bf16=str(shape.lora_bf16).lower(),
         activation=shape.activation,
+        bias=str(shape.bias).lower(),
         watch=shape.watch,
     )
     return Instance(shape, text)

@@ -61,6 +61,11 @@ def layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
         Held(f"packed_{p.name}", (config.num_experts, p.packed_elements), "int16", "packed weight", 0, last)
         for p in projections(config.hidden_size, config.intermediate_size)
     ]
+    if config.bias:
+        held += [
+            Held(p.bias_name, (config.num_experts, p.out), "float32", "packed weight", 0, last)
+            for p in projections(config.hidden_size, config.intermediate_size)
+        ]
     return held + [Held(name, shape, lora_dtype, "parameter", 0, last) for name, shape in _lora(config).items()]
 
 

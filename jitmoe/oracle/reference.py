@@ -4,11 +4,14 @@ The reference documents the arithmetic. It computes in the dtype of ``x``: on fl
 test, on bfloat16 inputs the plain PyTorch layer whose error bounds our own.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
+
+from jitmoe.config import MoEConfig
 
 
 class LoraTensors(NamedTuple):
@@ -23,6 +26,41 @@ class LoraTensors(NamedTuple):
     up_lora_b: Tensor
     down_lora_a: Tensor
     down_lora_b: Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What makes a of gate and up; the fields of :class:`~jitmoe.config.MoEConfig` with the same meaning."""
+
+    name: str = MoEConfig.activation
+    alpha: float = MoEConfig.activation_alpha
+    limit: float = MoEConfig.activation_limit
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> "Activation":
+        """That of a layer."""
+        return cls(config.activation, config.activation_alpha, config.activation_limit)
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """a [S, I] of gate and up [S, I], in their dtype."""
+        if self.name == "silu":
+            return silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.name == "silu_clamped":
+            return silu(gate) * up
+        assert self.name == "gpt_oss", self.name
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+
+SILU = Activation()
+
+
+class Biases(NamedTuple):
+    """Biases of the projections: gate and up [E, I], down [E, H]; of one expert without the first axis."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
 
 class ExpertSteps(NamedTuple):
@@ -42,8 +80,10 @@ def moe_reference(
     down_proj: Tensor,
     lora: LoraTensors | None = None,
     scale: float = 1.0,
+    activation: Activation = SILU,
+    biases: Biases | None = None,
 ) -> Tensor:
-    """Weighted sum over each token's experts of ``down(silu(gate(x)) * up(x))``.
+    """Weighted sum over each token's experts of ``down(activation(gate(x), up(x)))``.
 
     Args:
         x: [T, H] tokens. Every other floating tensor must have the dtype of ``x``; ``weights`` is cast to it.
@@ -55,6 +95,8 @@ def moe_reference(
         down_proj: [E, H, I] base weights of down.
         lora: the adapters of all three projections, or None for a layer without.
         scale: s = alpha / r (or alpha / sqrt(r)), the factor of every adapter.
+        activation: silu(gate) * up, or another.
+        biases: of the projections, or None for a layer without.
 
     Returns:
         [T, H] in the dtype of ``x``, differentiable in every floating tensor.
@@ -67,23 +109,32 @@ def moe_reference(
     for expert, (gate, up, down) in enumerate(projections):
         pairs = LoraTensors(*adapters[expert]) if adapters else None
         tokens, slots = torch.where(topk_ids == expert)
-        result = expert_reference(x[tokens], gate, up, down, pairs, scale).out
+        bias = Biases(*(tensor[expert].to(x.dtype) for tensor in biases)) if biases else None
+        result = expert_reference(x[tokens], gate, up, down, pairs, scale, activation, bias).out
         out.index_add_(0, tokens, result * weights[tokens, slots, None])
     return out
 
 
 def expert_reference(
-    rows: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, lora: LoraTensors | None, scale: float
+    rows: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    lora: LoraTensors | None,
+    scale: float,
+    activation: Activation = SILU,
+    biases: Biases | None = None,
 ) -> ExpertSteps:
-    """One expert on ``rows`` [S, H]; matrices are those of :func:`moe_reference` without their first axis."""
-    gate = _lin(rows, gate_proj, lora and lora[0:2], scale)
-    up = _lin(rows, up_proj, lora and lora[2:4], scale)
-    return ExpertSteps(gate, up, _lin(silu(gate) * up, down_proj, lora and lora[4:6], scale))
+    """One expert on ``rows`` [S, H]: matrices as in :func:`moe_reference`, without their first axis."""
+    gate_bias, up_bias, down_bias = biases or (None, None, None)
+    gate = _lin(rows, gate_proj, gate_bias, lora and lora[0:2], scale)
+    up = _lin(rows, up_proj, up_bias, lora and lora[2:4], scale)
+    return ExpertSteps(gate, up, _lin(activation(gate, up), down_proj, down_bias, lora and lora[4:6], scale))
 
 
-def _lin(rows: Tensor, weight: Tensor, adapter: tuple[Tensor, ...] | None, scale: float) -> Tensor:
-    """v Wᵀ + s (v Aᵀ) Bᵀ with ``adapter`` = (A, B) (LoRA, Hu 2021)."""
-    result = linear(rows, weight)
+def _lin(rows: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, ...] | None, scale: float) -> Tensor:
+    """The design's ``lin``: v Wᵀ + b + s (v Aᵀ) Bᵀ, with ``adapter`` = (A, B)."""
+    result = linear(rows, weight, bias)
     if adapter is None:
         return result
     lora_a, lora_b = adapter

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from jitmoe.oracle.reference import LoraTensors, expert_reference
+from jitmoe.oracle.reference import SILU, Activation, Biases, LoraTensors, expert_reference
 
 RMS_LIMIT, MAX_LIMIT = 0.8, 2.5
 SMALL_RMS_LIMIT, SMALL_MAX_LIMIT = 1.5, 3.0
@@ -26,8 +26,9 @@ MOST_DRAWS = 8
 class Inputs:
     """What one call of the layer and its backward get.
 
-    x, dout [T, H]; topk_ids, weights [T, K]; gate_proj, up_proj [E, I, H]; down_proj [E, H, I]; ``scale`` is LoRA's s.
-    Where x and LoRA are representable in bfloat16, the arithmetic alone makes the error that is measured.
+    Shapes are those of the contract: x, dout [T, H]; topk_ids, weights [T, K]; gate_proj, up_proj [E, I, H];
+    down_proj [E, H, I]; ``scale`` is LoRA's s; ``biases`` are float32. Where x and LoRA are representable in bfloat16
+    the error measured is that of the arithmetic.
     """
 
     x: Tensor
@@ -39,11 +40,18 @@ class Inputs:
     lora: LoraTensors | None
     dout: Tensor
     scale: float
+    activation: Activation = SILU
+    biases: Biases | None = None
 
     @property
     def experts(self) -> int:
         """E."""
         return self.gate_proj.shape[0]
+
+    def base(self) -> dict[str, Tensor]:
+        """Base weights and biases under the names of the layer's constructor."""
+        base = {"gate_proj": self.gate_proj, "up_proj": self.up_proj, "down_proj": self.down_proj}
+        return base | {f"{name}_bias": bias for name, bias in _named(self.biases).items()}
 
     def kept(self) -> Tensor:
         """[T, K] bool: the slots with an expert."""
@@ -80,7 +88,9 @@ def results_of_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
             continue
         gate, up, down = [buffer.copy_(tensor[expert]) for buffer, tensor in zip(cast, base, strict=True)]
         lora = LoraTensors(*(_leaf(tensor[expert], dtype) for tensor in inputs.lora)) if inputs.lora else None
-        rows = expert_reference(x[tokens], gate, up, down, lora, inputs.scale).out * weights[tokens, slots, None]
+        biases = Biases(*(tensor[expert].to(dtype) for tensor in inputs.biases)) if inputs.biases else None
+        result = expert_reference(x[tokens], gate, up, down, lora, inputs.scale, inputs.activation, biases).out
+        rows = result * weights[tokens, slots, None]
         torch.autograd.backward(rows, dout[tokens])
         parts.append((tokens, rows.detach()))
         for name, leaf in _named(lora).items():
@@ -266,7 +276,7 @@ def _redraw(inputs: Inputs, seed: int) -> Inputs:
     return replace(inputs, x=x, dout=dout)
 
 
-def _named(lora: LoraTensors | None) -> dict[str, Tensor]:
+def _named(lora: LoraTensors | Biases | None) -> dict[str, Tensor]:
     return lora._asdict() if lora else {}
 
 

@@ -7,7 +7,7 @@ from jitmoe.plan.shapes import packed_elements
 
 @dataclass(frozen=True)
 class Projection:
-    """One of gate, up and down: ``lin(v) = v W^T + s (v A^T) B^T``, from ``in_`` columns to ``out`` columns.
+    """One of gate, up and down: ``lin(v) = v W^T + b + s (v A^T) B^T``, from ``in_`` columns to ``out``.
 
     W holds the base weights; A, B and s are those of LoRA (Hu 2021). For E experts and rank r: W is [E, out, in_],
     A is [E, r, in_], B is [E, out, r].
@@ -21,6 +21,11 @@ class Projection:
     def base_name(self) -> str:
         """Name of W in the constructor, in state dicts and in files."""
         return f"{self.name}_proj"
+
+    @property
+    def bias_name(self) -> str:
+        """Name of the bias [E, out] in the constructor and in state dicts."""
+        return f"{self.name}_bias"
 
     @property
     def packed_elements(self) -> int:

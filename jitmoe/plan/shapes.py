@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from jitmoe.config import MoEConfig
+from jitmoe.config import Activation, MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.isa import ISAS
 
@@ -17,9 +17,6 @@ N_STRIP = 32
 PACKED_LAYOUT = 1
 """Version of the packed layout (gemm/interface.hpp) and of packed files (experts/packed_file.py). Raise it when either
 changes."""
-
-Activation = Literal["silu"]
-"""The function that makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
 
 Watch = Literal["nothing", "time", "memory", "values"]
 """What an instance records about its calls; mirrors ``Watch`` in shape.hpp."""
@@ -65,13 +62,15 @@ class Shape:
     m_step: int
     lora_bf16: bool
     activation: Activation = "silu"
+    bias: bool = False
     watch: Watch = "nothing"
 
     @property
     def name(self) -> str:
         """Short readable identity, for reports and cache entries."""
         lora = "bf16" if self.lora_bf16 else "f32"
-        special = [word for word in (self.activation, self.watch) if word not in ("silu", "nothing")]
+        words = (self.activation, "bias" if self.bias else "", self.watch)
+        special = [word for word in words if word not in ("silu", "", "nothing")]
         sizes = f"h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}"
         return "_".join([self.isa, sizes, lora, *special])
 
@@ -143,6 +142,8 @@ def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool) -> KernelPlan:
             padded_rank=round_up(config.lora_rank, K_STEP),
             m_step=step,
             lora_bf16=lora_bf16,
+            activation=config.activation,
+            bias=config.bias,
         )
         for block_isa, step in blocks
     )
