@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 IsaName = Literal["amx", "avx512_bf16", "avx512", "avx2", "ref"]
-IsaChoice = IsaName | Literal["auto"]
+IsaChoice = Literal["auto", IsaName]
 
 EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
 """Features whose instructions the emulator executes, where ``JITMOE_EMULATE`` turns it on."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jitmoe.cli.options import LoraDtype
+from jitmoe.config import LoraDtype
 from jitmoe.errors import BenchError, ConfigError
 from jitmoe.jit import capability
 from jitmoe.oracle.workloads import Workload, find_workload

@@ -5,15 +5,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from jitmoe.config import MoEConfig, read_fields
+from jitmoe.config import LoraDtype, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
-
-Isa = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "ref"]
-LoraDtype = Literal["float32", "bfloat16"]
+from jitmoe.isa import IsaChoice
 
 REQUIRED = ("num_experts", "hidden_size", "intermediate_size", "top_k")
 
@@ -38,7 +36,7 @@ class ConfigOptions:
         int | None, _option("rows of a register block to force; default: all, and each call picks one")
     ] = None
     lora_dtype: Annotated[LoraDtype | None, _option("dtype of the LoRA parameters", None)] = None
-    isa: Annotated[Isa | None, _option("instruction set; auto: the best usable one", None)] = None
+    isa: Annotated[IsaChoice | None, _option("instruction set; auto: the best usable one", None)] = None
 
     @property
     def sizes_given(self) -> bool:

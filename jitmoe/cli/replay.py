@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jitmoe.cli import console
-from jitmoe.cli.options import Isa
 from jitmoe.errors import ConfigError, TraceError
+from jitmoe.isa import IsaChoice
 
 if TYPE_CHECKING:
     from jitmoe.inspect.replay import Replay
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="of layer.capture(), or of the log's format")],
-    isa: Annotated[Isa | None, typer.Option(help="default: that of the file, or the best usable one")] = None,
+    isa: Annotated[IsaChoice | None, typer.Option(help="default: that of the file, or the best usable one")] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(metavar="A", help="for a file of the log's format that does not say")
     ] = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -64,19 +64,14 @@ def _shipped() -> Traversable:
 def render(shape: Shape) -> Instance:
     """Render the instance of ``shape``."""
     template = Template((template_dir() / INSTANCE_TEMPLATE).read_text(encoding="utf-8"))
-    text = template.substitute(
-        name=shape.name,
-        isa=shape.isa,
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        padded_rank=shape.padded_rank,
-        m_step=shape.m_step,
-        lora_bf16=str(shape.lora_bf16).lower(),
-        activation=shape.activation,
-        bias=str(shape.bias).lower(),
-        watch=shape.watch,
-    )
+    members = (f"    .{field.name} = {_literal(field.name, getattr(shape, field.name))}," for field in fields(shape))
+    text = template.substitute(name=shape.name, members="\n".join(members))
     return Instance(shape, text)
+
+
+def _literal(name: str, value: str | int | bool) -> str:
+    """A member of ``Shape`` in C++; text names an enumerator of the enum that is called like the member."""
+    return f"jitmoe::{name.capitalize()}::{value}" if isinstance(value, str) else str(value).lower()
 
 
 def read_program(name: str, isa: str) -> Instance:

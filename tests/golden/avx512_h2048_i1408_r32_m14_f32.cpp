@@ -9,6 +9,7 @@ constexpr jitmoe::Shape shape{
     .m_step = 14,
     .lora_bf16 = false,
     .activation = jitmoe::Activation::silu,
+    .bias = false,
     .watch = jitmoe::Watch::nothing,
 };
 

@@ -9,6 +9,7 @@ constexpr jitmoe::Shape shape{
     .m_step = 4,
     .lora_bf16 = true,
     .activation = jitmoe::Activation::silu,
+    .bias = false,
     .watch = jitmoe::Watch::nothing,
 };
 
