@@ -12,7 +12,7 @@ from helpers import run_python
 
 from jitmoe import settings
 from jitmoe.cli import doctor, main
-from jitmoe.config import ISAS
+from jitmoe.isa import ISAS, IsaChoice
 from jitmoe.jit import cache, capability
 from jitmoe.jit.render import Instance, render
 from jitmoe.plan.shapes import Shape
