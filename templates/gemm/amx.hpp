@@ -1,22 +1,19 @@
-// AMX: TDPBF16PS multiplies a tile of 16 rows x 32 k with a tile of 32 k x 16 columns of pairs. The packed
-// weights are its right operand as they lie. Row blocks are left operands: for each 32 k, the tile of rows
-// 0..15 and, where m_step is 32, the tile of rows 16..31 beside it, 1 KB each and contiguous; k is padded
-// with zeros to 32.
+// AMX: TDPBF16PS multiplies a tile of 16 rows x 32 k by a tile of 32 k x 16 columns of pairs. It reads packed weights
+// as they are. Row blocks are its left operands: for each 32 k, the tile of rows 0..15 and, where m_step is 32, behind
+// it the tile of rows 16..31, 1 KB each and contiguous. k is padded with zeros to 32.
 //
 //                           left b (tmm6)     right b (tmm7)        one packed block, 32 k
 //     top a    (tmm4)  ->     tmm0              tmm1                rows 0..15
 //     bottom a (tmm5)  ->     tmm2              tmm3                the rest, 1..16: 4 loads for 4 products
 //
-// The sums are tiles of the strip itself, read before and written after the whole contraction. A block of up
-// to 16 rows uses the bottom half alone, so that one configuration differs from another only in the rows of
-// its bottom tiles: no product works on rows that are not there.
+// The sums are tiles of the strip itself, read before and written after the whole contraction. A block of up to 16 rows
+// uses the bottom half alone. So configurations differ only in the rows of the bottom tiles, and no product works on
+// rows that do not exist.
 //
-// The contraction's tail is not left to the configuration: LDTILECFG clears all tiles, the sums among them.
-// The last block of weights is copied without its padding instead, because padding times zero is no zero if
-// it is a NaN.
+// A configuration with a shorter k cannot end the contraction, as LDTILECFG clears all tiles, the sums among them.
+// Instead the last block of weights is copied without its padding, which times zero would be a NaN if it held one.
 //
-// The instruction flushes denormal operands and results to zero. A row's bits do not depend on the rows
-// beside it.
+// The instruction flushes denormal operands and results to zero. A row's bits do not depend on the rows beside it.
 #pragma once
 #include "gemm/avx512.hpp"
 #include "gemm/pair.hpp"
@@ -39,8 +36,7 @@ struct TileConfigurations {
 };
 inline constexpr TileConfigurations kTileConfigurations;
 
-// The bottom rows that this thread's tiles are configured for; 0 outside a parallel region, where the tiles
-// are not ours.
+// Bottom rows that this thread's tiles are configured for; 0 outside a parallel region, where the tiles are not ours.
 inline constinit thread_local int64_t configured_rows = 0;
 
 inline void configure_tiles(int64_t bottom_rows) {
@@ -102,7 +98,7 @@ struct GemmAmx {
   static int64_t column_at(int64_t lane) { return lane; }
   static void to_natural_order(float*, int64_t) {}
 
-  // The LoRA matrix becomes right operands on the way, 32 ranks and one chunk of k at a time.
+  // The LoRA matrix is paired on the way, 32 ranks and one chunk of k at a time.
   static void low_rank(const Operand* block, int64_t rows, int64_t k, LoraView<S.lora_bf16> lora,
                        int64_t rank, float* low) {
     constexpr int64_t kLoraChunk = kAmxTuning.lora_chunk;
@@ -130,7 +126,7 @@ struct GemmAmx {
   }
 
  private:
-  // The LoRA K-step stays in float32 vectors: the rank of most adapters fills a quarter of a tile.
+  // The LoRA K-step is done in float32 vectors: most adapters have a rank that fills a quarter of a tile.
   static void begin(int64_t rows, const SumStart& start, float* strip) {
     if (start.from != strip)
       for (int64_t row = 0; row < rows; ++row)
@@ -142,15 +138,15 @@ struct GemmAmx {
             strip + blocks.begin(b) * kStrip);
   }
 
-  // The right operand of a product: `whole` blocks of pairs in a row and perhaps one more elsewhere.
+  // The right operand of a product: `whole` consecutive blocks of pairs and, unless null, the block `last`.
   struct Right {
     const bf16* blocks;
     int64_t whole;
     const bf16* last;
   };
 
-  // Row blocks share nothing. Where the configuration of the last, partial one is still loaded it comes
-  // first: one change of configuration for each strip instead of two.
+  // Row blocks share nothing, so the last, partial one comes first where its configuration is still loaded: each strip
+  // then changes the configuration once instead of twice.
   static void sweep(const Operand* panel, int64_t rows, const Weights& weights, const Right& right,
                     float* strip) {
     const RowBlocks blocks(rows, S.m_step);
@@ -244,7 +240,7 @@ struct GemmAmx {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), values);
   }
 
-  // The same for up to 16 values.
+  // The first `count` of 16 values as bfloat16, then zeros.
   static __m256i load_half(const float* values, int64_t count) {
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(V::load_some(values, count)));
   }
@@ -264,8 +260,8 @@ struct BackEndOf<S> {
   using type = GemmAmx<S>;
 };
 
-// The tiles of a thread are its own from the beginning of a parallel region to its end. Another library may
-// have left its configuration, and gets none of ours.
+// A thread holds its tiles from the beginning of a parallel region to the end. Another library may have left a
+// configuration before, and finds none of ours after.
 template <Shape S>
 struct ThreadState<GemmAmx<S>> {
   ThreadState() { configure_tiles(amx::kRows); }

@@ -1,4 +1,4 @@
-// AVX2 with FMA: 8 lanes, 16 registers; every x86-64 machine since 2013.
+// AVX2 with FMA: 8 lanes, 16 registers.
 #pragma once
 #include <immintrin.h>
 

@@ -1,6 +1,6 @@
-// AVX512-BF16: VDPBF16PS multiplies pairs of bfloat16 and adds both products to a float32, so the packed
-// weights are its operand as they lie and nothing is expanded. Row blocks are pairs, k-major:
-// [k / 2, rows of the block] lanes of 32 bits, padded with a zero where k is odd.
+// AVX512-BF16: VDPBF16PS multiplies pairs of bfloat16 and adds both products to a float32. It reads packed weights as
+// they are, so nothing is expanded. Row blocks are k-major pairs, [k / 2, rows of the block] lanes of 32 bits, padded
+// with a zero where k is odd.
 //
 //                     w pairs 0..15   w pairs 16..31    two loads from the packed strip itself
 //     x pair of row 0 ->  sum[0][0]       sum[0][1]
@@ -41,7 +41,7 @@ struct GemmAvx512Bf16 {
     const int64_t lefts = smaller(columns, 16), rights = columns - lefts;
     __m512i pairs[16];
     for (int row = 0; row < 16; ++row) {
-      const bool inside = row < count;  // beyond are other strips, or nothing
+      const bool inside = row < count;  // rows beyond may be of another strip, or no memory at all
       const float* values = strip + row * kStrip;
       const __m512 left = V::load_some(values, inside ? lefts : 0);
       const __m512 right = V::load_some(values + 16, inside ? rights : 0);
@@ -99,7 +99,7 @@ struct GemmAvx512Bf16 {
       _mm512_mask_storeu_epi32(block + (column / 2 + i) * rows, V::first(rows), pairs[i]);
   }
 
-  // All row blocks over `count` blocks of pairs, in either direction of the contraction.
+  // All row blocks over `count` blocks of pairs, packed ones in forward and re-paired ones in backward.
   template <bool Packed>
   static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
                     const bf16* pairs, const NextChunk& next, int64_t count, const SumStart& start,
@@ -113,8 +113,8 @@ struct GemmAvx512Bf16 {
       });
   }
 
-  // One row block. Few rows read packed weights tile after tile, front to back; more read two tiles side by side, and
-  // ask for their lines.
+  // One row block. Few rows read packed weights tile after tile, front to back. More rows read two tiles side by side,
+  // and prefetch their lines.
   template <int R, bool Packed, class Fetch>
   static void dot(const Operand* a, const bf16* pairs, int64_t count, int64_t k, Fetch&& fetch,
                   const SumStart& start, float* c) {
@@ -143,8 +143,8 @@ struct GemmAvx512Bf16 {
     Vectors::template store_sums<R>(c, kTile, sum);
   }
 
-  // Where only half of the last pair is inside the matrix, the other half is cut off: a NaN in the padding
-  // times zero would be a NaN.
+  // Where only half of the last pair is inside the matrix, the other half becomes zero: a NaN in the padding times zero
+  // would be a NaN.
   static __m512i first_of_pair(const bf16* pair) {
     return _mm512_and_si512(V::load_bits(pair), _mm512_set1_epi32(0xffff));
   }

@@ -1,13 +1,13 @@
-// Back end for vectors of float32 with fused multiply-add; `V` wraps one register width. Row blocks are
-// float32 and k-major, [k, rows of the block]: the values that one step of the contraction broadcasts lie side by
-// side, and what a block of few rows reads of it is short.
+// Back end for vectors of float32 with fused multiply-add; `V` wraps one register width. Row blocks are float32 and
+// k-major, [k, rows of the block]: the values that one step of the contraction broadcasts lie side by side, and a block
+// of few rows is short.
 //
-// Few row blocks expand the weights in registers, in their tiles as packed; more, and backward, expand them once into a
-// panel of 256 x 32 float32 that all row blocks sweep:
+// A segment of few row blocks expands the weights in registers, from the packed tiles. More row blocks, and backward,
+// expand them once into 256 x 32 float32 of scratch, and sweep over that:
 //
-//     packed block -> panel[k, 32] in natural order, or in backward even inputs and then odd ones
+//     packed block -> [k, 32] with columns in natural order; in backward even inputs, then odd ones
 //
-// Each element is the same chain of additions in every form (vectors.hpp): a row's bits do not depend on the number of
+// Each element is the same chain of additions in every form (gemm/vectors.hpp), so a row's bits do not depend on the
 // rows beside it.
 #pragma once
 #include "gemm/tuning.hpp"
@@ -72,7 +72,7 @@ struct GemmF32 {
     chunked(panel, RowBlocks(rows, S.m_step), n, weights, start, strip, scratch, transpose_expand);
   }
 
-  // The lane order of the expanded panel: even columns, then odd.
+  // The order of transpose_expand: even columns, then odd.
   static int64_t column_at(int64_t lane) { return lane % kTile * 2 + lane / kTile; }
 
   static void to_natural_order(float* strip, int64_t rows) {
@@ -91,7 +91,7 @@ struct GemmF32 {
   }
 
  private:
-  // Chunk by chunk of the contraction: expand the weights once, sweep all row blocks over them.
+  // For each chunk of the contraction, expands the weights once and sweeps all row blocks over them.
   static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights,
                       const SumStart& start, float* strip, float* scratch,
                       void (*fill)(const bf16*, float*)) {
@@ -112,8 +112,8 @@ struct GemmF32 {
     }
   }
 
-  // One row block on the weights as they are packed. More rows than stream them take the chains of two tiles to fill the
-  // multipliers, and the first of them bring each block to L2 long before it is read.
+  // One row block on packed weights. Blocks of few rows stream the tiles one by one. Others take two tiles side by
+  // side, whose chains keep the multipliers busy; the first of them brings each block to L2 long before it is read.
   template <int R>
   static void direct(const float* a, const Weights& weights, bool first_rows, int64_t k,
                      const SumStart& start, float* strip) {
@@ -178,8 +178,8 @@ struct GemmF32 {
       }
   }
 
-  // One packed block read along its outputs: a transpose of the 32-bit pairs of a tile gives, for each
-  // output, its 32 inputs; low halves are the even inputs, high halves the odd ones.
+  // One packed block -> 32 outputs of 32 inputs: transposing the 32-bit pairs of a tile gives the inputs of each
+  // output, even ones in the low halves, odd ones in the high halves.
   static void transpose_expand(const bf16* block, float* panel) {
     for (int64_t out = 0; out < kStrip; out += kLanes)
       for (int64_t pair = 0; pair < kTile; pair += kLanes) {

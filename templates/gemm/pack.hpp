@@ -10,8 +10,7 @@ constexpr int64_t packed_elements(int64_t out, int64_t in) {
   return ceil_div(out, kStrip) * ceil_div(in, kKStep) * kBlockElements;
 }
 
-// One tile: 16 outputs x 32 inputs of W, a lane of 32 bits for each pair of inputs. `outs` and `ins` say how
-// much of it is inside the matrix.
+// Part of a tile inside the matrix. A tile is 16 outputs x 32 inputs of W, with a 32-bit lane for each pair of inputs.
 struct TileExtent {
   int64_t outs;
   int64_t ins;
@@ -37,8 +36,8 @@ inline void unpack_tile(const bf16* tile, TileExtent extent, bf16* target, int64
       target[lane * stride + in] = tile[in / 2 * kKStep + lane * 2 + in % 2];
 }
 
-// Visits the tiles of `experts` matrices as visit(canonical offset, packed offset, extent), strips in
-// parallel: they share nothing.
+// Visits the tiles of `experts` matrices as visit(canonical offset, packed offset, extent). Strips share nothing, so
+// they run in parallel.
 template <class Visit>
 void for_each_tile(int64_t experts, int64_t out, int64_t in, int64_t threads, Visit&& visit) {
   const int64_t strips = ceil_div(out, kStrip);

@@ -1,5 +1,5 @@
-// Packed blocks for products of pairs of bfloat16: with their pairs along the outputs instead of the inputs,
-// which is what backward contracts over, and with what lies outside the matrix cut off.
+// Packed blocks for products of pairs of bfloat16: with pairs along the outputs, over which backward contracts, and
+// without what lies outside the matrix.
 #pragma once
 #include <immintrin.h>
 
@@ -27,9 +27,9 @@ inline void transpose_qwords(__m512i (&row)[8]) {
   }
 }
 
-// One packed block with pairs along its inputs -> the block with pairs along its outputs, in the same
-// order: [16 inputs][output pair][input]. Inside each 64-bit lane (two outputs) the middle halves change
-// places; then 8 x 8 transposes of 64-bit lanes.
+// One packed block with pairs along its inputs -> the block with pairs along its outputs: [tile of 16 inputs][output
+// pair][input]. The middle halves of each 64-bit lane (two outputs) change places; then follow 8 x 8 transposes of
+// 64-bit lanes.
 //
 //     two outputs:  [a0 a1][b0 b1] -> [a0 b0][a1 b1]       0, 1: even and odd input of the pair
 inline void pair_outputs(const bf16* block, bf16* paired) {
@@ -48,8 +48,8 @@ inline void pair_outputs(const bf16* block, bf16* paired) {
     }
 }
 
-// One block of pairs without what lies behind the first `count` values of its contraction: zeros there,
-// whatever the padding holds. `block` may be `cut`.
+// Copies a block of pairs with zeros behind the first `count` values of its contraction, whatever the padding holds.
+// `block` may be `cut`.
 inline void cut_pairs(const bf16* block, int64_t count, bf16* cut) {
   for (int64_t tile = 0; tile < kBlockElements; tile += kTileElements)
     for (int64_t pair = 0; pair < kKStep / 2; ++pair) {

@@ -1,5 +1,5 @@
-// The scalar back end: obviously right, for any CPU, and the oracle of the others. Row blocks are
-// row-major float32 [m_step, k].
+// The scalar back end: simple, for any CPU, and the reference of the others. Row blocks are row-major float32
+// [m_step, k].
 #pragma once
 #include "gemm/interface.hpp"
 

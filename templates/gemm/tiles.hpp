@@ -1,7 +1,6 @@
-// The tile instructions of AMX, one function each. All of them are here, because two things go wrong with the
-// compilers' intrinsics: GCC's are macros that print the tile's number as text, which a template argument is
-// not; and their loads do not say that they read memory, so of "fill, load, refill, load" the first fill is
-// dropped.
+// The tile instructions of AMX, one function each. The compilers' intrinsics have two faults: GCC's are macros that
+// need the tile's number as text, which a template argument is not; and their loads do not say that they read memory,
+// so of "fill, load, refill, load" the first fill is dropped.
 #pragma once
 #include <cstdint>
 
@@ -31,7 +30,7 @@ inline void load(const void* rows, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(Tile) : "memory");
 }
 
-// The same with a hint: the lines will not be wanted in L1 again soon.
+// A load with a hint: the lines will not be read from L1 again soon.
 template <int Tile>
 inline void stream(const void* rows, int64_t stride) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(Tile) : "memory");

@@ -1,5 +1,5 @@
-// What all vector back ends do in float32: the sums of a register block, and products and transposes whose sides are
-// LoRA ranks. `V` wraps one register width.
+// What all vector back ends do in float32: the sums of a register block, and the products and transposes of LoRA. `V`
+// wraps one register width.
 //
 // One register block, up to MStep rows x 2 vectors (AVX-512: 14 x 32 columns, 28 accumulators of 32 registers;
 // AVX2: 6 x 16 columns, 12 of 16, twice for a strip):
@@ -9,7 +9,7 @@
 //     a[k, 1]   ->   sum[1][0]      sum[1][1]          MStep broadcasts, 2 MStep multiply-adds
 //       ...
 //
-// Each element is one chain of fused multiply-adds, the LoRA K-step first and then k ascending.
+// Each element is one chain of fused multiply-adds: first the LoRA K-step, then k ascending.
 #pragma once
 #include "gemm/interface.hpp"
 
@@ -23,7 +23,7 @@ struct VectorBlock {
   static constexpr int kWidth = 2 * kLanes;  // columns of one register block
   static_assert(MStep <= kLanes, "a row block must fit the lanes of one vector");
 
-  // Sums of R rows and of two vectors of columns: from `column` on and `apart` columns behind.
+  // Sums of R rows and two vectors of columns, the second `apart` columns behind the first, which is at `column`.
   template <int R>
   [[gnu::always_inline]] static void begin_sums(const SumStart& start, int64_t column, int64_t apart,
                                                 Float (&sum)[R][2]) {
@@ -65,8 +65,8 @@ struct VectorBlock {
     if constexpr (R > 1) with_rows<R - 1>(rows, f);
   }
 
-  // low [rank, m_step] = sum over k of lora(k, r) * rows_at(k). Lanes are the rows of the block; eight
-  // ranks at a time keep eight chains of additions in flight.
+  // low [rank, m_step] = sum over k of lora(k, r) * rows_at(k). Lanes are the rows of the block. Eight ranks at a time
+  // keep eight chains of additions in flight.
   template <class Lora, class RowsAt>
   static void low_rank_rows(int64_t k, int64_t rank, Lora&& lora, RowsAt&& rows_at, float* low) {
     constexpr int kRanks = 8;
@@ -84,8 +84,7 @@ struct VectorBlock {
     }
   }
 
-  // Two vectors of columns of a strip = start + a [k, R]^T . b [k, 32]. The sums are the same with and without `next`,
-  // which only prefetches.
+  // Two vectors of columns of a strip = start + a [k, R]^T . b [k, 32]. `next` only prefetches and may be null.
   template <int R>
   static void multiply(const float* a, int64_t a_stride, const float* b, int64_t k, const SumStart& start,
                        int64_t column, float* strip, const NextChunk* next, int64_t sweep) {

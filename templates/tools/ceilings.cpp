@@ -1,8 +1,8 @@
-// What this machine can do at most: arithmetic on registers only, and reading memory. `jitmoe bench` divides
-// by these figures, so they are measured with the threads, and in the minute, of the kernels they judge.
+// Measures what this machine can do at most: arithmetic on registers, and reading memory. `jitmoe bench` divides by
+// these figures, so they are measured on the same threads as the kernels and in the same minute.
 //
-// Every function returns a rate, in operations or bytes a second; 0 where the CPU or the compiler's flags
-// lack the instruction. A multiplication and an addition are two operations.
+// Each jitmoe_peak_ function returns operations or bytes a second, or 0 where the compiler's flags lack the
+// instruction. A multiplication and an addition are two operations.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -15,10 +15,10 @@
 
 namespace {
 
-// Two multiply-adds a cycle with a latency of four or five: more chains than needed, fewer than registers.
+// Two multiply-adds a cycle with a latency of four or five cycles need at most ten chains; there are 16 registers.
 constexpr int kChains = 12;
 
-// What a loop computed; a result that nobody reads would be optimised away, and the loop with it.
+// Result of a loop. If nobody read it, the compiler would drop the loop.
 volatile double sink;
 
 // Seconds from the start of the first thread to the end of the last.
@@ -40,7 +40,7 @@ double seconds_of(int64_t threads, Loop loop) {
   return end - begin;
 }
 
-// The values stay near one: neither zero, whose products are cheap in power, nor denormal.
+// The values stay near one: products of zeros take less power, and denormals more time.
 constexpr float kFactor = 0.75f, kAddend = 0.25f;
 
 // The widest vectors that the flags allow, in the compiler's notation.
@@ -53,7 +53,7 @@ constexpr int kLanes = 4;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
-// Its flags do not contract a multiplication and an addition: where there is an instruction for both, it is written out.
+// Written out, as the flags forbid the compiler to contract a multiplication and an addition.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -75,7 +75,7 @@ double fma_loop(int64_t steps) {
 }
 
 #ifdef __AVX512BF16__
-// Pairs (x, x) against (1, -1): the sums stay where they are and the operands are not zero.
+// Pairs (x, x) times (1, -1): the sums do not change, and no operand is zero.
 double dot_loop(int64_t steps) {
   __m512 sum[kChains];
   for (int i = 0; i < kChains; ++i) sum[i] = _mm512_set1_ps(1.0f + static_cast<float>(i));
@@ -91,7 +91,7 @@ double dot_loop(int64_t steps) {
 #ifdef __AMX_BF16__
 constexpr int kProducts = 4;  // of tiles: one accumulator each, as in the kernel
 
-// Pairs (x, x) against (1, -1), as above, in whole tiles.
+// Pairs (x, x) times (1, -1), as above, in whole tiles.
 double tile_loop(int64_t steps) {
   jitmoe::amx::Configuration configuration{};
   configuration.palette = 1;
@@ -122,7 +122,7 @@ double tile_loop(int64_t steps) {
 #endif
 
 #ifdef __AVX512F__
-// No flag of a kernel's instruction set includes VNNI; the caller asks the CPU first.
+// The flags of no instruction set include VNNI, so the caller must ask the CPU first.
 __attribute__((target("avx512f,avx512vnni"))) double vnni_loop(int64_t steps) {
   __m512i sum[kChains];
   for (int i = 0; i < kChains; ++i) sum[i] = _mm512_set1_epi32(i);
@@ -209,8 +209,7 @@ double jitmoe_peak_read(int64_t threads, int64_t address, int64_t bytes) {
   return static_cast<double>(part * threads) / seconds;
 }
 
-// Put a page of something other than zeros behind every address: untouched pages all share one page of zeros,
-// which is read from the cache.
+// Writes every page, and returns the seconds: untouched pages share one page of zeros, which is read from the cache.
 double jitmoe_fill(int64_t threads, int64_t address, int64_t bytes) {
   const int64_t part = bytes / threads;
   char* base = reinterpret_cast<char*>(address);

@@ -3,8 +3,8 @@
 //
 //   signal -> decode -> execute -> state        emulator_decode.hpp, emulator_tiles.hpp, emulator_vectors.hpp
 //
-// What hardware would refuse ends the process with a message that names the instruction and its address.
-// A SIGILL from anything else goes on to the handler that was there before.
+// An instruction that hardware would refuse ends the process with a message that names it and its address. A SIGILL
+// from anything else goes on to the handler that was there before.
 #include <dlfcn.h>
 #include <errno.h>
 #include <immintrin.h>
@@ -77,7 +77,7 @@ void report(const char* name, uint64_t address, const char* reason) {
   abort();
 }
 
-// Executes the instruction at the context's RIP if it is one of the table and moves RIP behind it.
+// Executes the instruction at the context's RIP, if the table has it, and moves RIP behind it.
 bool step(ucontext_t* context) {
   const Decoded decoded = decode(context, kOpcodes);
   if (!decoded.opcode) return false;
@@ -128,8 +128,8 @@ using namespace jitmoe::emulator;
 
 extern "C" {
 
-// Takes SIGILL for the whole process; again is the same. Call it before threads start. Returns 0 or an errno:
-// ENOSYS if the CPU lacks AVX2 and FMA, EBUSY if somebody has put a handler over this one.
+// Takes SIGILL for the whole process; a second call does nothing. Call it before threads start. Returns 0 or an errno:
+// ENOSYS if the CPU lacks AVX2 or FMA, EBUSY if another handler was put over this one.
 int jitmoe_emulator_install(void) {
   static bool installed = false;
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return ENOSYS;
@@ -160,8 +160,8 @@ void jitmoe_emulator_reset(void) {
   for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
 }
 
-// For tests. The hook gets the message of a refused instruction, which is then skipped, instead of abort;
-// it runs inside the signal handler. Null restores the abort.
+// For tests. Instead of an abort, the hook gets the message of a refused instruction, which is then skipped. It runs
+// inside the signal handler. Null restores the abort.
 void jitmoe_emulator_on_error(void (*hook)(const char* message)) { error_hook.store(hook); }
 
 // For tests on CPUs that execute the instruction themselves: one step with the registers in `context`

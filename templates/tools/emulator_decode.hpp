@@ -18,7 +18,7 @@ enum class Encoding : uint8_t { kVex, kEvex };
 // The pp field, which stands for a legacy prefix.
 enum class Prefix : uint8_t { kNone, k66, kF3, kF2 };
 
-// What ModRM (and with it, vvvv) must be.
+// Operands of an instruction: what ModRM and vvvv must be.
 enum class Form : uint8_t {
   kConfiguration,  // memory, /0
   kRelease,        // C0
@@ -57,7 +57,7 @@ struct Instruction {
   bool zeroing = false, broadcast = false;
 };
 
-// One emulated instruction at a time: the interrupted thread's registers, and why it was refused if it was.
+// The interrupted thread's registers, and the reason if its instruction is refused.
 struct Machine {
   ucontext_t* context;
   char reason[200];
@@ -73,7 +73,7 @@ struct Opcode {
   bool (*execute)(Machine&, const Instruction&);
 };
 
-// `opcode` is null if the bytes are no instruction of the table; `fault` says why hardware would refuse them.
+// `opcode` is null if the table lacks the instruction; `fault` says why hardware would refuse it, or is null.
 struct Decoded {
   const Opcode* opcode = nullptr;
   const char* fault = nullptr;
@@ -100,7 +100,7 @@ inline uint64_t fs_base() {
 class Bytes {
  public:
   explicit Bytes(const uint8_t* code) : start_(code), next_(code) {}
-  // Byte by byte: what lies behind the instruction may not be mapped.
+  // Byte by byte: memory behind the instruction may not be mapped.
   uint8_t take() { return *next_++; }
   uint8_t peek() const { return *next_; }
   int64_t take_displacement(int size) {

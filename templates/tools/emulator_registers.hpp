@@ -25,7 +25,7 @@ struct XsaveLayout {
   }
 };
 
-// Read when the library is loaded: CPUID leaves a virtual machine, which takes longer than an emulation.
+// Read when the library is loaded: in a virtual machine CPUID traps, which takes longer than an emulation.
 inline const XsaveLayout xsave_layout;
 
 constexpr int kLegacyXmm = 160, kSoftwareBytes = 464, kHeader = 512, kExtended = 576;
@@ -93,7 +93,7 @@ class VectorRegisters {
     return bits;
   }
 
-  // A component whose bit in XSTATE_BV is clear holds zeros, whatever the memory says.
+  // A component whose bit in XSTATE_BV is clear stands for zeros, whatever the memory holds.
   void read(int part, int offset, int size, uint8_t* bytes) const {
     if (present() >> part & 1)
       memcpy(bytes, component(part) + offset, size);

@@ -1,4 +1,4 @@
-// The tiles of each thread, the counters, and the execution of the AMX instructions. A part of emulator.cpp alone.
+// Tiles of each thread, counters, and the execution of the AMX instructions. Belongs to emulator.cpp alone.
 //
 //   LDTILECFG -> state of the thread {start_row, 8 tiles} -> loads, products, stores -> TILERELEASE
 #pragma once
@@ -25,7 +25,7 @@ void count(Count what, uint64_t amount = 1) {
 
 constexpr int kTiles = 8, kRows = 16, kRowBytes = 64;
 
-// No instruction shows the bytes outside a tile's shape: they hold anything.
+// Bytes outside a tile's shape may hold anything, as no instruction shows them.
 struct Tile {
   uint8_t rows, row_bytes;
   alignas(64) uint8_t row[kRows][kRowBytes];
@@ -38,8 +38,8 @@ struct TileState {
   Tile tile[kTiles];
 };
 
-// A thread owns a state from LDTILECFG to TILERELEASE only: a handler cannot allocate, and a thread without
-// configuration has nothing to keep. 9 MB of zero pages, untouched but for the few in use.
+// A thread takes a state at LDTILECFG and frees it at TILERELEASE, because a signal handler cannot allocate. These are
+// 9 MB of zero pages, of which only a few are ever touched.
 constexpr int kStates = 1024;
 TileState states[kStates];
 

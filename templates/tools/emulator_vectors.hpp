@@ -1,4 +1,4 @@
-// The execution of the AVX512-BF16 instructions, on the vector registers in the signal frame. A part of emulator.cpp alone.
+// Executes the AVX512-BF16 instructions on the vector registers in the signal frame. Belongs to emulator.cpp alone.
 #pragma once
 #include <immintrin.h>
 #include <string.h>
@@ -18,7 +18,7 @@ union Vector {
   uint32_t lane[16];
 };
 
-// bfloat16 of a float32: denormals become zero, the rest as everywhere in this library.
+// bfloat16 of a float32: denormals become zero, other values are rounded by to_bf16.
 uint16_t convert(uint32_t bits) {
   const bool tiny = (bits & 0x7f800000) == 0;
   return tiny ? bits >> 16 & 0x8000 : to_bf16(std::bit_cast<float>(bits));
@@ -49,7 +49,7 @@ Vector load_operand(const VectorRegisters& registers, const Instruction& instruc
   return operand;
 }
 
-// Writes `value` where the mask allows, in elements of `size` bytes; above them the register becomes zero.
+// Writes `value` where the mask allows, in elements of `size` bytes; the register becomes zero above them.
 void write_masked(VectorRegisters& registers, const Instruction& instruction, uint32_t mask, int size,
                   int elements, const Vector& value) {
   Vector old, result = value;

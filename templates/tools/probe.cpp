@@ -1,5 +1,5 @@
-// What decides whether this process may use AMX tiles beside CPUID's feature bits: palettes, the kernel's
-// permission, and a product in a child process that may die of it.
+// Tests whether this process may use AMX tiles, beyond the feature bits of CPUID: palettes, the permission of Linux,
+// and a product in a child process, which may die of it.
 #include <cpuid.h>
 #include <errno.h>
 #include <signal.h>
@@ -60,15 +60,15 @@ int jitmoe_tile_palettes(void) {
   return __get_cpuid_count(0x1d, 0, &most, &b, &c, &d) ? static_cast<int>(most) : 0;
 }
 
-// Asks the kernel for the tile registers, for this process and its children. Returns 0 or an errno.
+// Asks Linux for the tile registers, for this process and its children. Returns 0 or an errno.
 int jitmoe_request_tiles(void) {
   constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) ? errno : 0;
 }
 
-// Runs a product in a child. Returns 0 if it was right, the signal that killed the child, or one of the
-// above. The child is made by the system call alone: handlers of fork() belong to libraries that it never
-// uses, and a handler of SIGILL (the emulator's) must not answer for the CPU.
+// Runs a product in a child. Returns 0 if it was right, the signal that killed the child, kWrong or kNoProcess. The
+// system call makes the child, as fork() would run handlers of libraries that the child never uses. It drops handlers
+// of SIGILL: the emulator must not answer for the CPU.
 int jitmoe_test_tiles(void) {
   void* page = mmap(nullptr, sizeof(int), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return kNoProcess;

@@ -1,16 +1,16 @@
-// A checked instance holds its calls to the plan of their scratch. Each step announces what it reads and
-// writes, and a map of owners has an entry for each line of 64 bytes of the arena:
+// A checked instance holds its passes to the plan of their scratch. Each step announces what it reads and writes, and a
+// map of owners has an entry for each line of 64 bytes of the arena:
 //
-//   arena    | canary | x_panel ......... | canary | gate_low ... | canary |
+//   arena    | canary | x_panel ......... | canary | gate.low ... | canary |
 //   owners       0      2  2  2  2  2  2      0      7  7  7  7       0          0: nobody
 //
-// A write takes its lines, which must be free or the writer's own; a read must find them taken by its own
-// buffer. At the end of a life the canaries on both sides are looked at and the lines are free again. Before and
-// after it the bytes are NaNs, for readers that announce nothing. A part of a thread is an owner of its own.
+// A write takes its lines, which must be free or its buffer's own. A read must find that its buffer owns the lines. At
+// the end of a life the canaries on both sides are compared, and the lines become free. Outside its life a buffer is
+// filled with NaNs, which show in readers that announce nothing. Each thread's part of a buffer is an owner of its own.
 //
-// The first fault is kept: that of the earliest step, and in it that of the first buffer, so that it matters
-// little which thread came first. A lost canary comes last, as the announced write beside it is its cause. The
-// call runs to its end, and jitmoe/checked.py raises the fault.
+// The first fault is kept: that of the earliest step and, among those, of the first buffer, so that it matters little
+// which thread came first. A lost canary counts last, because an announced write beside it is its cause. The pass runs
+// to its end, and jitmoe/inspect/checked.py raises the fault.
 #pragma once
 #include <omp.h>
 
@@ -23,24 +23,24 @@ namespace jitmoe {
 
 enum class Access { read, write };
 
-// checked.py has a sentence for each, in this order.
+// FAULTS in jitmoe/inspect/checked.py has a sentence for each, in this order.
 enum class Fault : int64_t { none, outside_life, outside_buffer, foreign_read, foreign_write, canary };
 
 // What the plan promises about one buffer. Steps count from 0 in each group.
 struct Life {
   int64_t offset;  // in the arena
-  int64_t nbytes;  // 0 for a buffer that this call has not
+  int64_t nbytes;  // 0 for a buffer that this call lacks
   int64_t first;   // step
   int64_t last;
-  int64_t alive;  // whether the present step lies between the two
+  int64_t alive;  // whether the current step lies between the two
 };
 
-// Plan and outcome of one checked call; mirrored in checked.py.
+// Plan and outcome of one checked pass; LIFE and CHECKS in jitmoe/jit/abi.py mirror the two.
 struct Checks {
   char* arena;
   uint32_t* owners;  // of each line
-  Life* lives;       // one for each field of Call, most of them of no buffer
-  int64_t step;      // the present one
+  Life* lives;       // one for each field of Call; most fields are no buffer
+  int64_t step;      // the current one
   int64_t entered;   // steps entered so far, in all groups
   Fault fault;
   int64_t fault_entered;
@@ -62,7 +62,7 @@ int64_t index_of(const Call& call, T* const& buffer) {
          static_cast<int64_t>(sizeof(void*));
 }
 
-// Whether a fault found now is to be kept instead of the one that is.
+// Whether this fault replaces the one that was kept before.
 inline bool precedes(const Checks& checks, Fault fault, int64_t buffer, int64_t offset) {
   if (checks.fault == Fault::none) return true;
   if (checks.entered != checks.fault_entered) return false;
@@ -83,7 +83,7 @@ inline void record(Checks& checks, Fault fault, int64_t buffer, int64_t offset, 
   }
 }
 
-// Two threads may take one line of a buffer that both write parts of, hence the atomic exchange.
+// Two threads may take the same line, where both write parts of a buffer: hence the atomic exchange.
 inline void check_access(Checks& checks, Access access, int64_t buffer, int64_t part, const void* at,
                          int64_t bytes) {
   const Life& life = checks.lives[buffer];
@@ -135,8 +135,8 @@ inline void end_life(Checks& checks, int64_t buffer) {
     checks.owners[line] = 0;
 }
 
-// Ends the lives that do not reach `step`, then begins those that do. Step 0 begins a group, which only the
-// token sums outlive.
+// Ends the lives that do not reach `step`, then begins those that do. Step 0 begins a group, and only the token sums
+// live from one group to the next.
 inline void change_lives(Checks& checks, int64_t step, int64_t sums) {
   for (int64_t buffer = 0; buffer < kFields; ++buffer) {
     const Life& life = checks.lives[buffer];
@@ -151,7 +151,7 @@ inline void change_lives(Checks& checks, int64_t step, int64_t sums) {
   }
 }
 
-// Says that this thread is about to read or write `bytes` of a buffer, and gives back where.
+// Announces that this thread will read or write `bytes` bytes of a buffer at `at`, and returns `at`.
 template <Shape S, class T, class At>
 [[gnu::always_inline]] inline At* touch(const Call& call, Access access, T* const& buffer, At* at,
                                         int64_t bytes) {
@@ -163,7 +163,7 @@ template <Shape S, class T, class At>
   return at;
 }
 
-// Called by all threads, after the barrier of the step before; `step` as the lives of the plan count them.
+// All threads call this after the barrier of the step before. `step` counts as in the lives of the plan.
 template <Shape S, class AnyStep>
 [[gnu::always_inline]] inline void enter_step(const Call& call, AnyStep step) {
   if constexpr (S.watch == Watch::memory) {
@@ -172,7 +172,7 @@ template <Shape S, class AnyStep>
   }
 }
 
-// As enter_step, around all groups: before the token sums are cleared, and after they are read.
+// Begins the life of the token sums, before they are cleared; leave_call ends it, after they are read.
 template <Shape S>
 void enter_call(const Call& call) {
   if constexpr (S.watch == Watch::memory) {

@@ -1,4 +1,4 @@
-// What a timed instance measures: the seconds that its threads spend in each phase of their work.
+// A timed instance measures the seconds that its threads spend in each phase of their work.
 #pragma once
 #include <omp.h>
 
@@ -7,7 +7,7 @@
 
 namespace jitmoe {
 
-// abi.py has the names in the same order.
+// PHASES in jitmoe/jit/abi.py has the names in the same order.
 enum class Phase {
   gather,
   pack,

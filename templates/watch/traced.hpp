@@ -1,11 +1,11 @@
-// What a traced instance shows of a call: each named tensor, piece by piece where it is computed. Every use stands
-// behind `if constexpr`: a function that is merely empty in other instances is still weighed when GCC decides what
-// to inline, and changed their code (compared 2026-11-23).
+// A traced instance shows each named tensor of a call, piece by piece where it is computed. Every use is under
+// `if constexpr`: an empty function in the other instances would still count when GCC decides what to inline, and did
+// change their code (compared 2026-11-23).
 //
-//   census [experts, Tensor::count, kCensus]     one record of doubles for each expert and tensor; what its
-//                                                  fields are is the business of the callback, see scan.py
+//   census [experts, Tensor::count, kCensus]     a record of doubles for each expert and tensor, whose fields only
+//                                                  the callback knows: RECORD in jitmoe/host/scan.py
 //
-// A traced call runs on one thread, so records are added to without locks and in a fixed order.
+// A traced call runs on one thread, so records grow without locks and in a fixed order.
 #pragma once
 #include "parallel.hpp"
 
@@ -13,7 +13,7 @@ namespace jitmoe {
 
 inline constexpr int64_t kCensus = 9;
 
-// abi.py has the names in the same order. `du` is the gradient of u, dv of v.
+// TENSORS in jitmoe/jit/abi.py has the names in the same order. `du` is the gradient of u.
 enum class Tensor {
   x,
   gate_u,
@@ -34,7 +34,7 @@ enum class Tensor {
   count
 };
 
-// Where a piece of a tensor lies in it, in rows sorted by expert, and in memory.
+// Place of a piece in its tensor, whose rows are sorted by expert, and in memory.
 struct Piece {
   int64_t row;
   int64_t rows;
@@ -50,7 +50,7 @@ inline void observe(const Call& call, Tensor what, int64_t expert, const Piece& 
                piece.rows, piece.column, piece.columns, piece.row_stride, piece.column_stride);
 }
 
-// One strip of results: 32 columns of all rows of a segment, less what lies beyond `width`.
+// One strip of results: 32 columns of all rows of a segment, without those beyond `width`.
 inline void observe_strip(const Call& call, Tensor what, const Segment& segment, int64_t strip, int64_t width,
                           const float* values) {
   const int64_t column = strip * kStrip;
@@ -76,7 +76,7 @@ void observe_rows(const Call& call, Tensor what, const Block& block, const bf16*
     }
 }
 
-// What the gradients of LoRA read of forward without computing it again; `rows` has room for the rows of a block.
+// x and u, which the gradients of LoRA read as forward saved them; `rows` has room for the rows of a block.
 template <Shape S>
 void observe_saved(const Call& call, const Block& block, bf16* rows) {
   constexpr int64_t stride = round_up(S.hidden, kKStep);
