@@ -4,6 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from jitmoe.config import MoEConfig
+from jitmoe.errors import (
+    BenchError,
+    BudgetError,
+    BuildError,
+    CacheSecurityError,
+    CaptureError,
+    ConfigError,
+    InputError,
+    InputTypeError,
+    IsaError,
+    JitmoeError,
+    KernelError,
+    PackedFileError,
+    PlanError,
+    SettingError,
+    TraceError,
+    WeightsChangedError,
+)
 from jitmoe.experts import observer
 from jitmoe.experts.workspace import release_memory
 from jitmoe.jit.warm import build
@@ -15,7 +33,31 @@ if TYPE_CHECKING:
     from jitmoe.experts.pack import safetensors_source
     from jitmoe.inspect.tracing import trace
 
-__all__ = ["MemoryPlan", "MoEConfig", "MoELayer", "build", "release_memory", "safetensors_source", "trace"]
+__all__ = [
+    "BenchError",
+    "BudgetError",
+    "BuildError",
+    "CacheSecurityError",
+    "CaptureError",
+    "ConfigError",
+    "InputError",
+    "InputTypeError",
+    "IsaError",
+    "JitmoeError",
+    "KernelError",
+    "MemoryPlan",
+    "MoEConfig",
+    "MoELayer",
+    "PackedFileError",
+    "PlanError",
+    "SettingError",
+    "TraceError",
+    "WeightsChangedError",
+    "build",
+    "release_memory",
+    "safetensors_source",
+    "trace",
+]
 
 _LAZY = {
     "MoELayer": "jitmoe.experts.layer",
