@@ -68,7 +68,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     with supplied(empty=noted(supplies().empty), zeros=noted(supplies().zeros)), changed_by(note):
         out = layer(x, inputs.topk_ids, weights)
         node = node_of(out)
-        saved, route = node.saved_tensors, node.call.route
+        saved = node.saved_tensors
         out.backward(inputs.dout.to(x_dtype))
 
     found = {"x": x, "weights": weights, "topk_ids": inputs.topk_ids, "out": out, "x.grad": x.grad}
@@ -77,10 +77,14 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
     for name in LORA_NAMES:
         found[f"new {name}.grad"] = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
-    found |= {name: torch.from_numpy(getattr(route, name)) for name in ("row_token", "row_slot")}
-    names = [s.name for s in node.call.saved()]
-    found |= dict(zip(names, saved[2 + len(LORA_NAMES) :], strict=True))
-    found |= {f"{launch.pass_name} row_weight": torch.from_numpy(launch.row_weight) for launch in seen}
+    found |= dict(zip(node.saved_names, saved[3 + len(LORA_NAMES) :], strict=True))
+    for launch in seen:
+        arrays = {
+            "row_token": launch.route.row_token,
+            "row_slot": launch.route.row_slot,
+            "row_weight": launch.row_weight,
+        }
+        found |= {f"{launch.pass_name} {name}": torch.from_numpy(array) for name, array in arrays.items()}
     operands["out.grad operand"] = operands.pop("backward out.grad operand")
     for name, operand in operands.items():
         assert same_bits(operand, inputs.dout if "out.grad" in name else inputs.x.bfloat16()), name
@@ -93,7 +97,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     real = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in found.items()}
     assert {t.name: (t.shape, t.dtype, t.nbytes) for t in planned.held} == real
     kept = {t.data_ptr() for t in saved} - {p.data_ptr() for p in layer.parameters()}
-    saved_names = {t.name for t in planned.held if t.kind == "saved"} - {"row_token", "row_slot"}
+    saved_names = {t.name for t in planned.held if t.kind == "saved"}
     assert {found[name].data_ptr() for name in saved_names} == kept
 
 

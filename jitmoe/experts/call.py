@@ -1,27 +1,28 @@
 """One call of the experts: plans its scratch, fills the record of the kernels, and runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from jitmoe.config import MoEConfig
 from jitmoe.experts import observer
 from jitmoe.experts.observer import Launch, PassName
 from jitmoe.experts.supplies import supplies
-from jitmoe.host.route import Route
+from jitmoe.host.route import Route, route
 from jitmoe.jit import abi
 from jitmoe.plan.groups import Groups, plan_groups
-from jitmoe.plan.scratch import Saved, row_bytes, saved_tensors
-from jitmoe.plan.shapes import Shape
+from jitmoe.plan.scratch import row_bytes
+from jitmoe.plan.shapes import Shape, plan_kernels
 from jitmoe.process import usable_threads
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What forward and backward of one call share; the one record of it.
+    """One call, routed; the one record of it.
 
     Attributes:
         shape: the kernel instance.
@@ -31,12 +32,8 @@ class Call:
         num_experts: E.
         rank: LoRA rank.
         scale: LoRA scale s.
-        saves: whether forward saves gate, up and the low-rank products for backward.
         alpha: of the activation.
         limit: of the activation.
-        biases: float32 [E, out], contiguous, by name as in the layer; none for a layer without.
-        base: packed weights by name of the projection. Any object that the layer holds them in.
-        versions: those of ``base`` in forward.
     """
 
     shape: Shape
@@ -46,21 +43,41 @@ class Call:
     num_experts: int
     rank: int
     scale: float
-    saves: bool
     alpha: float
     limit: float
-    biases: Mapping[str, Any]
-    base: Mapping[str, Any]
-    versions: tuple[int, ...]
 
     @property
     def rows(self) -> int:
         """S, slots that are kept."""
         return self.route.row_token.size
 
-    def saved(self) -> tuple[Saved, ...]:
-        """What forward leaves for backward beside its inputs."""
-        return saved_tensors(self.shape.intermediate, self.rows, self.rank) if self.saves else ()
+
+def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor]) -> Call:
+    """Route ``topk_ids`` [T, K] and choose a kernel of ``isa``.
+
+    Raises:
+        InputError: an expert id outside [0, E), without ``config.allow_skip``.
+    """
+    lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
+    routed = route(topk_ids.contiguous().numpy(), config.num_experts, config.allow_skip)
+    return Call(
+        shape=plan_kernels(config, isa, lora_dtype).select(routed.row_token.size, routed.active.size),
+        route=routed,
+        tokens=topk_ids.shape[0],
+        top_k=config.top_k,
+        num_experts=config.num_experts,
+        rank=config.lora_rank,
+        scale=config.lora_scale,
+        alpha=config.activation_alpha,
+        limit=config.activation_limit,
+    )
+
+
+def row_weights(call: Call, weights: Tensor) -> npt.NDArray[np.float32]:
+    """[S] routing weights in the order of the rows, of ``weights`` [T, K]."""
+    by_slot = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
+    by_row: npt.NDArray[np.float32] = by_slot[call.route.row_slot]
+    return by_row
 
 
 def run(

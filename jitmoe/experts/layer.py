@@ -12,9 +12,8 @@ from torch import nn
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
-from jitmoe.experts.call import Call
 from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
-from jitmoe.experts.ops import MoEFunction, versions_of
+from jitmoe.experts.ops import experts, spec_of
 from jitmoe.experts.pack import (
     ExpertSource,
     PackedExperts,
@@ -26,7 +25,6 @@ from jitmoe.experts.pack import (
     unpack_experts,
 )
 from jitmoe.experts.packed_file import write_packed
-from jitmoe.host.route import route
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import describe, resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
@@ -81,6 +79,7 @@ class MoELayer(nn.Module):
         self.isa = resolve_isa(config.requested_isa)
         check_layer(config)
         self._seal = Seal()
+        self._spec = spec_of(config, self.isa)
         for projection, source in zip(self._projections, (gate_proj, up_proj, down_proj), strict=True):
             packed = source.tensor if isinstance(source, PackedExperts) else self._pack(projection, source)
             self.register_buffer(f"packed_{projection.name}", packed, persistent=False)
@@ -168,10 +167,17 @@ class MoELayer(nn.Module):
             if tensor.shape[:-1] != lead:
                 raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
         lora = self._lora()
-        call = self._call(topk_ids.reshape(-1, top_k), x, weights, lora)
-        rows, row_weights = x.reshape(-1, hidden).contiguous().resolve_neg(), weights.reshape(-1, top_k)
-        out: torch.Tensor = MoEFunction.apply(call, rows, row_weights, *lora)  # type: ignore[no-untyped-call]
-        return out.reshape(x.shape)
+        self._check_budget(x, weights, lora)
+        rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
+        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
+        if torch.compiler.is_compiling():
+            packed = self._packed()  # a graph holds its weights, and looks at no counter of writes
+        else:
+            packed, self._spec = self._sealed(), spec_of(self.config, self.isa)
+        base = [*packed.values(), *self.biases().values()]
+        out, *_ = experts(rows, ids, weights.reshape(-1, top_k), base, lora, self._spec, saves)
+        result: torch.Tensor = out.reshape(x.shape)
+        return result
 
     def capture(self, path: str | os.PathLike[str], when: str = NEXT_CALL) -> None:
         """Write a call to a file that ``jitmoe replay`` computes again, here or elsewhere.
@@ -202,7 +208,8 @@ class MoELayer(nn.Module):
 
     def biases(self) -> dict[str, torch.Tensor]:
         """The frozen biases, float32 gate_bias, up_bias [E, I], down_bias [E, H]; none without ``config.bias``."""
-        return {p.bias_name: getattr(self, p.bias_name) for p in self._projections if self.config.bias}
+        biases = {p.bias_name: getattr(self, p.bias_name) for p in self._projections if self.config.bias}
+        return {name: bias.to(torch.float32).contiguous() for name, bias in biases.items()}  # they may have been cast
 
     def extra_repr(self) -> str:
         """Sizes and instruction set, shown by ``print(model)``."""
@@ -212,28 +219,13 @@ class MoELayer(nn.Module):
             f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
         )
 
-    def _call(self, topk_ids: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]) -> Call:
-        config, base, tokens = self.config, self._sealed(), topk_ids.shape[0]
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
-        lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
-        plan = plan_kernels(config, self.isa, lora_dtype)
-        check_call(plan, tokens, torch.get_num_threads(), trains, str(x.dtype).removeprefix("torch."))
-        routed = route(topk_ids.contiguous().numpy(), config.num_experts, config.allow_skip)
-        return Call(
-            shape=plan.select(routed.row_token.size, routed.active.size),
-            route=routed,
-            tokens=tokens,
-            top_k=config.top_k,
-            num_experts=config.num_experts,
-            rank=config.lora_rank,
-            scale=config.lora_scale,
-            saves=trains and not config.recompute,
-            base=base,
-            biases=self.biases(),
-            alpha=config.activation_alpha,
-            limit=config.activation_limit,
-            versions=versions_of(base),
-        )
+    def _check_budget(self, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]) -> None:
+        if self.config.memory_budget is not None:
+            trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
+            lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
+            plan = plan_kernels(self.config, self.isa, lora_dtype)
+            tokens = x.numel() // self.config.hidden_size
+            check_call(plan, tokens, torch.get_num_threads(), trains, str(x.dtype).removeprefix("torch."))
 
     def _lora(self) -> list[torch.Tensor]:
         """The LoRA parameters, checked: they may have been cast or moved since."""

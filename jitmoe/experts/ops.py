@@ -1,29 +1,53 @@
-"""The experts as one differentiable torch function."""
+"""The experts as operators of torch: one for each pass, opaque to its compiler, with gradients and shapes registered.
 
+``jitmoe::experts(x, topk_ids, weights, base, lora, spec, saves) -> [out, *saved]`` and
+``jitmoe::experts_backward(out_grad, x, topk_ids, weights, base, lora, saved, spec, wants) -> [gradients]``. ``base`` is
+packed gate, up and down and then their biases, if any; ``lora`` is A and B of the three, or nothing; ``spec`` is the
+text of :func:`spec_of`, because an operator takes tensors and plain values alone.
+"""
+
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
 from jitmoe.experts import call as calls
 from jitmoe.experts.call import Call
 from jitmoe.experts.pack import version_of
 from jitmoe.experts.supplies import supplies
-from jitmoe.plan.projections import LORA_NAMES
+from jitmoe.plan.projections import LORA_NAMES, NAMES
+from jitmoe.plan.scratch import Saved, saved_tensors
 
 Fields = dict[str, int]
 """Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
 
 
-def versions_of(base: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """How often each of the packed weights has been written to."""
-    return tuple(map(version_of, base.values()))
+@lru_cache(maxsize=256)
+def spec_of(config: MoEConfig, isa: str) -> str:
+    """What a call must know beside its tensors, as text for the operators."""
+    return json.dumps({"isa": isa, "config": asdict(config)}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def read_spec(spec: str) -> tuple[MoEConfig, str]:
+    """The config and the instruction set of :func:`spec_of`."""
+    content = json.loads(spec)
+    return MoEConfig(**content["config"]), content["isa"]
+
+
+def saved_of(config: MoEConfig, slots: int, saves: bool) -> tuple[Saved, ...]:
+    """What forward leaves for backward: sizes follow from T K, never from the routing at hand."""
+    if not saves or config.recompute:
+        return ()
+    return saved_tensors(config.intermediate_size, slots, config.lora_rank)
 
 
 @contextmanager
@@ -37,63 +61,125 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-class MoEFunction(torch.autograd.Function):
-    """x [T, H], routing weights [T, K] and six LoRA tensors of any strides -> out [T, H].
+@torch.library.custom_op("jitmoe::experts", mutates_args=())
+def experts(
+    x: Tensor, topk_ids: Tensor, weights: Tensor, base: list[Tensor], lora: list[Tensor], spec: str, saves: bool
+) -> list[Tensor]:
+    """Run forward: x [T, H], topk_ids and weights [T, K] -> out [T, H] and what backward wants.
 
-    Saves its inputs and, unless the layer recomputes, gate and up before the activation in bfloat16 and the three
-    low-rank products in float32 (4 I + 12 r bytes a row); everything is kept per call, so any order of backwards is
-    right.
+    Unless the layer recomputes these are gate and up before the activation in bfloat16 and the three low-rank products
+    in float32: 4 I + 12 r bytes a slot.
     """
-
-    @staticmethod
-    @_memory_errors()
-    def forward(ctx: Any, call: Call, x: torch.Tensor, weights: torch.Tensor, *lora: torch.Tensor) -> torch.Tensor:
-        """Run the experts; see the class."""
+    config, isa = read_spec(spec)
+    with _memory_errors():
+        call = calls.new_call(config, isa, topk_ids, lora)
         out = empty(x.shape, x.dtype)
-        operand = x.to(torch.bfloat16)
-        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in call.saved()]
-        fields = _inputs(call, operand, lora) | _result(out) | _saved(call, saved)
-        calls.run("forward", call, _row_weight(call, weights), fields, torch.get_num_threads())
-        ctx.call = call
-        ctx.save_for_backward(x, weights, *lora, *saved)
-        return out
+        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in saved_of(config, topk_ids.numel(), saves)]
+        operand = _operand(x)
+        fields = _inputs(operand, base, lora) | _result(out) | _saved(config, saved)
+        calls.run("forward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
+    return [out, *saved]
 
-    @staticmethod
-    @once_differentiable
-    @_memory_errors()
-    def backward(ctx: Any, out_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, of the routing weights and of the LoRA tensors that want one."""
-        call: Call = ctx.call
-        x, weights, *rest = ctx.saved_tensors
-        if versions_of(call.base) != call.versions:
-            raise WeightsChangedError(
-                "base weights were loaded or written between forward and backward: run forward again"
-            )
-        _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
-        lora, saved = rest[: len(wanted)], rest[len(wanted) :]
-        operand, out_operand = (t.to(torch.bfloat16).contiguous().resolve_neg() for t in (x, out_grad))
+
+@experts.register_fake
+def _(
+    x: Tensor, topk_ids: Tensor, weights: Tensor, base: list[Tensor], lora: list[Tensor], spec: str, saves: bool
+) -> list[Tensor]:
+    config, _ = read_spec(spec)
+    saved = saved_of(config, topk_ids.numel(), saves)
+    return [torch.empty_like(x), *(x.new_empty(s.shape, dtype=getattr(torch, s.dtype)) for s in saved)]
+
+
+@torch.library.custom_op("jitmoe::experts_backward", mutates_args=())
+def experts_backward(
+    out_grad: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    wants: list[bool],
+) -> list[Tensor]:
+    """Run backward: the gradients of x, of the routing weights and of LoRA, each where ``wants`` says so, else empty.
+
+    ``wants`` has three entries: of x, of the routing weights, of all LoRA tensors.
+    """
+    config, isa = read_spec(spec)
+    wants_x, wants_weights, wants_lora = wants
+    with _memory_errors():
+        call = calls.new_call(config, isa, topk_ids, lora)
+        operand, out_operand = _operand(x), _operand(out_grad)
         x_grad = empty(x.shape, x.dtype) if wants_x else None
         weights_grad = supplies().zeros(weights.shape, torch.float32)
-        lora_grads = _lora_gradients(call, lora) if any(wanted) else []
+        lora_grads = _lora_gradients(call, lora) if wants_lora else []
+        saved = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may hand back other strides
         fields = (
-            _inputs(call, operand, lora)
+            _inputs(operand, base, lora)
             | ({} if x_grad is None else _result(x_grad))
-            | _saved(call, saved)
+            | _saved(config, saved)
             | {"out_grad": out_operand.data_ptr(), "weights_grad": weights_grad.data_ptr()}
         )
         for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
             fields |= _view(_field(name) + "_grad", grad)
-        calls.run("backward", call, _row_weight(call, weights), fields, torch.get_num_threads())
-        results = [g.to(p.dtype) if w else None for g, p, w in zip(lora_grads, lora, wanted, strict=False)]
-        return (
-            None,
-            x_grad,
-            weights_grad.to(weights.dtype) if wants_weights else None,
-            *(results or [None] * len(lora)),
-        )
+        calls.run("backward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
+        nothing = x.new_empty(0)
+        return [
+            nothing if x_grad is None else x_grad,
+            weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
+            *(grad.to(tensor.dtype) for grad, tensor in zip(lora_grads, lora, strict=False)),
+        ]
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+@experts_backward.register_fake
+def _(
+    out_grad: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    wants: list[bool],
+) -> list[Tensor]:
+    shapes = [(x, wants[0]), (weights, wants[1])]
+    grads = [t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in shapes]
+    return [*grads, *(t.new_empty(t.shape) for t in lora if wants[2])]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, topk_ids, weights, base, lora, spec, _ = inputs
+    ctx.save_for_backward(x, topk_ids, weights, *lora, *output[1:])
+    # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
+    ctx.base, ctx.versions, ctx.spec, ctx.adapters = base, versions_of(base), spec, len(lora)
+    ctx.saved_names = [s.name for s in saved_of(read_spec(spec)[0], topk_ids.numel(), len(output) > 1)]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, topk_ids, weights, *rest = ctx.saved_tensors
+    lora, saved = rest[: ctx.adapters], rest[ctx.adapters :]
+    if versions_of(ctx.base) != ctx.versions:
+        raise WeightsChangedError("base weights were loaded or written between forward and backward: run forward again")
+    wants_lora = bool(lora) and any(ctx.needs_input_grad[4])
+    wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], wants_lora]
+    assert grads[0] is not None
+    found = experts_backward(grads[0], x, topk_ids, weights, ctx.base, lora, saved, ctx.spec, wants)
+    x_grad, weights_grad = (grad if wanted else None for grad, wanted in zip(found[:2], wants[:2], strict=True))
+    lora_grads = found[2:] if wants_lora else [None] * len(lora)
+    return x_grad, None, weights_grad, [None] * len(ctx.base), lora_grads, None, None
+
+
+experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+def versions_of(base: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each of the packed weights has been written to."""
+    return tuple(map(version_of, base))
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < supplies().block_bytes:
@@ -103,7 +189,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return memory.view(dtype).view(*shape).detach()
 
 
-def _lora_gradients(call: Call, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _operand(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16).contiguous().resolve_neg()
+
+
+def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
     """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
     if 2 * call.route.active.size < call.num_experts:
         # Fresh pages are zero, and most of them will not be touched.
@@ -115,17 +205,10 @@ def _lora_gradients(call: Call, lora: Sequence[torch.Tensor]) -> list[torch.Tens
     return grads
 
 
-def _row_weight(call: Call, weights: torch.Tensor) -> npt.NDArray[np.float32]:
-    """[S] routing weights in the order of the rows."""
-    by_slot = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
-    by_row: npt.NDArray[np.float32] = by_slot[call.route.row_slot]
-    return by_row
-
-
-def _inputs(call: Call, operand: torch.Tensor, lora: Sequence[torch.Tensor]) -> Fields:
+def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:
     fields = {"x": operand.data_ptr()}
-    fields |= {f"{name}.weights": packed.data_ptr() for name, packed in call.base.items()}
-    fields |= {name.replace("_", "."): bias.data_ptr() for name, bias in call.biases.items()}
+    names = [f"{name}.{field}" for field in ("weights", "bias") for name in NAMES]
+    fields |= {name: tensor.data_ptr() for name, tensor in zip(names, base, strict=False)}
     for name, tensor in zip(LORA_NAMES, lora, strict=False):
         fields |= _view(_field(name), tensor)
     return fields
@@ -136,15 +219,16 @@ def _field(lora_name: str) -> str:
     return lora_name.replace("_lora_", ".")
 
 
-def _view(field: str, tensor: torch.Tensor) -> Fields:
+def _view(field: str, tensor: Tensor) -> Fields:
     """A tensor [E, rows, columns] where it lies."""
     expert, row, column = tensor.stride()
     return {field: tensor.data_ptr(), f"{field}.expert": expert, f"{field}.row": row, f"{field}.column": column}
 
 
-def _result(tensor: torch.Tensor) -> Fields:
+def _result(tensor: Tensor) -> Fields:
     return {"result_float" if tensor.dtype == torch.float32 else "result": tensor.data_ptr()}
 
 
-def _saved(call: Call, saved: Sequence[torch.Tensor]) -> Fields:
-    return {s.name: tensor.data_ptr() for s, tensor in zip(call.saved(), saved, strict=True)}
+def _saved(config: MoEConfig, saved: Sequence[Tensor]) -> Fields:
+    names = (s.name for s in saved_tensors(config.intermediate_size, 0, config.lora_rank))
+    return {name: tensor.data_ptr() for name, tensor in zip(names, saved, strict=False)}

@@ -115,8 +115,11 @@ class Capture:
         written = [self._write(call, {})] if self._wants({"out": result}) else []
 
         def after_backward(results: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> None:
+            x_grad, _, weights_grad, *others = results
+            lora_grads = others[-len(LORA_NAMES) :] if lora else []  # behind those of the base, which are None
             names = ("x_grad", "weights_grad", *(f"{name}_grad" for name in LORA_NAMES))
-            grads = {name: grad.detach() for name, grad in zip(names, results, strict=False) if grad is not None}
+            found = zip(names, (x_grad, weights_grad, *lora_grads), strict=False)
+            grads = {name: grad.detach() for name, grad in found if grad is not None}
             backward = {"grad": given[0].detach(), **grads}
             if written or self._wants(backward):
                 written[:] = [self._write(call, backward, *written)]
@@ -148,7 +151,7 @@ class Capture:
 def node_of(out: Tensor) -> Any:
     """The layer's node in the autograd graph of its result; reshapes come after it."""
     node: Any = out.grad_fn
-    while not node.name().startswith("MoEFunction"):
+    while "jitmoe_experts" not in node.name():
         node = node.next_functions[0][0]
     return node
 

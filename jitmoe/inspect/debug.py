@@ -85,8 +85,7 @@ def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verd
     steps = {dtype: _reference_steps(alone, expert, dtype) for dtype in (torch.float64, torch.bfloat16)}
     node = node_of(probe(alone.x.clone().requires_grad_(), alone.topk_ids, alone.weights))
     every_row = torch.ones(len(alone.x), dtype=torch.bool)
-    names = [s.name for s in node.call.saved()]
-    saved = dict(zip(names, node.saved_tensors[-len(names) :], strict=True))
+    saved = dict(zip(node.saved_names, node.saved_tensors[-len(node.saved_names) :], strict=True))
     verdicts = []
     for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))

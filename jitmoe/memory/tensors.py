@@ -78,15 +78,13 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
     slots, wide = tokens * config.top_k, (tokens, config.hidden_size)
     forward_end = len(FORWARD_STEPS)
     x_kind: HeldKind = "saved" if training else "input"
-    route_kind: HeldKind = "saved" if training else "transient"
     held = [
         Held("x", wide, x_dtype, x_kind, 1, last),
         Held("weights", (tokens, config.top_k), "float32", x_kind, 1, last),
-        Held("topk_ids", (tokens, config.top_k), "int64", "input", 1, last),
+        Held("topk_ids", (tokens, config.top_k), "int64", x_kind, 1, last),
         Held("out", wide, x_dtype, "result", 1, last),
     ]
-    held += [Held(name, (slots,), "int64", route_kind, 1, last) for name in ("row_token", "row_slot")]
-    held.append(Held("forward row_weight", (slots,), "float32", "transient", 1, forward_end))
+    held += _routed("forward", slots, 1, forward_end)
     if x_dtype == "float32":
         held.append(Held("forward x operand", wide, "bfloat16", "transient", 1, forward_end))
     if not training:
@@ -97,7 +95,7 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
         held += [Held(s.name, s.shape, s.dtype, "saved", 1, last) for s in saved]
     held += [
         Held("out.grad", wide, x_dtype, "input", start, last),
-        Held("backward row_weight", (slots,), "float32", "transient", start, last - 1),
+        *_routed("backward", slots, start, last - 1),
         Held("x.grad", wide, x_dtype, "result", start, last),
         Held("weights.grad", (tokens, config.top_k), "float32", "result", start, last),
     ]
@@ -105,6 +103,12 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
         names = ("backward x operand", "out.grad operand")
         held += [Held(name, wide, "bfloat16", "transient", start, last) for name in names]
     return held
+
+
+def _routed(pass_name: str, slots: int, first: int, last: int) -> list[Held]:
+    """The routing of one pass, which each makes for itself."""
+    kinds = {"row_token": "int64", "row_slot": "int64", "row_weight": "float32"}
+    return [Held(f"{pass_name} {name}", (slots,), kind, "transient", first, last) for name, kind in kinds.items()]
 
 
 def gradient_tensors(config: MoEConfig, lora_dtype: str, start: int, last: int) -> list[Held]:
