@@ -1,7 +1,7 @@
 // A checked instance holds its calls to the plan of their scratch. Each step announces what it reads and
 // writes, and a map of owners has an entry for each line of 64 bytes of the arena:
 //
-//   arena    | canary | x_panel ......... | canary | gate_low ... | canary |
+//   arena    | canary | x_panel ......... | canary | gate.low ... | canary |
 //   owners       0      2  2  2  2  2  2      0      7  7  7  7       0          0: nobody
 //
 // A write takes its lines, which must be free or the writer's own; a read must find them taken by its own
@@ -10,7 +10,7 @@
 //
 // The first fault is kept: that of the earliest step, and in it that of the first buffer, so that it matters
 // little which thread came first. A lost canary comes last, as the announced write beside it is its cause. The
-// call runs to its end, and jitmoe/checked.py raises the fault.
+// call runs to its end, and inspect/checked.py raises the fault.
 #pragma once
 #include <omp.h>
 
@@ -23,7 +23,7 @@ namespace jitmoe {
 
 enum class Access { read, write };
 
-// checked.py has a sentence for each, in this order.
+// inspect/checked.py has a sentence for each, in this order.
 enum class Fault : int64_t { none, outside_life, outside_buffer, foreign_read, foreign_write, canary };
 
 // What the plan promises about one buffer. Steps count from 0 in each group.
@@ -35,7 +35,7 @@ struct Life {
   int64_t alive;  // whether the present step lies between the two
 };
 
-// Plan and outcome of one checked call; mirrored in checked.py.
+// Plan and outcome of one checked call; mirrored in jit/abi.py.
 struct Checks {
   char* arena;
   uint32_t* owners;  // of each line
