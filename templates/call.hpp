@@ -53,7 +53,7 @@ struct Projection {
   Matrices<float> a_grad;  // of experts with rows all written, others not; all six null where none is wanted
   Matrices<float> b_grad;
   bf16* saved;  // gate and up: [strips of I, S, 32] before the activation; forward writes it where not null
-  float* saved_u;  // [S, r]; null where saved_gate is
+  float* saved_u;  // [S, r]; null where gate.saved is
   // Scratch; plan/scratch.py has sizes and lifetimes.
   float* low;        // [blocks, r, m_step]: u in forward, du in backward, right operands of the LoRA K-step
   float* du_rows;    // [rows, r] du for the gradient of A; of down times the routing weight
