@@ -157,8 +157,8 @@ MUTANTS = (
     Mutant(
         "gate_and_up_swapped",
         "templates/forward.hpp",
-        "value(gates[i], ups[i])",
-        "value(ups[i], gates[i])",
+        "value(gates[i], ups[i], numbers)",
+        "value(ups[i], gates[i], numbers)",
         ("test_ancestor.py::test_gradient_of_up_zero_because_gate_and_up_shared_scratch",),
         "The activation is applied to up.",
     ),
@@ -279,6 +279,22 @@ MUTANTS = (
         "A coefficient of the polynomial in silu is 1 % too large.",
     ),
     Mutant(
+        "clamp_without_its_slope",
+        "templates/activation.hpp",
+        "up_held ? 0.0f : inner.by_up",
+        "inner.by_up",
+        ("test_activation.py::test_both_passes_keep_the_error_rule",),
+        "up has a slope beyond its clamp.",
+    ),
+    Mutant(
+        "bias_lost_in_the_gradient_of_a_weight",
+        "templates/backward.hpp",
+        "float sum = S.bias ? grad : 0.0f;",
+        "float sum = 0.0f;",
+        ("test_activation.py::test_both_passes_keep_the_error_rule",),
+        "The gradient of a routing weight lacks the bias of down.",
+    ),
+    Mutant(
         "activation_derivative",
         "templates/activation.hpp",
         "(1.0f + gate * (1.0f - s))",
@@ -357,17 +373,21 @@ MUTANTS = (
     Mutant(
         "x_in_expert_order",
         "jitmoe/experts/ops.py",
-        "ctx.save_for_backward(x, weights,",
-        "ctx.save_for_backward(x[call.route.row_token][: len(x)], weights,",
+        "ctx.save_for_backward(x, topk_ids.clone(),",
+        "ctx.save_for_backward(\n"
+        "        x[topk_ids.flatten().argsort(stable=True) // topk_ids.shape[1]][: len(x)], topk_ids.clone(),",
         ("test_ancestor.py::test_x_kept_in_expert_order_and_read_in_token_order",),
         "x is saved in the order of the experts and read in that of the tokens.",
     ),
     Mutant(
         "one_place_for_gate_and_up",
         "jitmoe/experts/ops.py",
-        "saved = [empty(s.shape, getattr(torch, s.dtype)) for s in call.saved()]",
-        'kept = vars(call.base["gate"]).setdefault("kept", {})\n'
-        "        saved = [kept.setdefault(s.name, empty(s.shape, getattr(torch, s.dtype))) for s in call.saved()]",
+        "saved = [empty(s.shape, getattr(torch, s.dtype)) for s in saved_of(config, topk_ids.numel(), saves)]",
+        'kept = vars(saved_of).setdefault("kept", {})\n'
+        "        saved = [\n"
+        "            kept.setdefault(s, empty(s.shape, getattr(torch, s.dtype))).detach()\n"
+        "            for s in saved_of(config, topk_ids.numel(), saves)\n"
+        "        ]",
         ("test_ancestor.py::test_a_second_forward_overwrites_what_the_first_one_saved",),
         "Gate and up are saved once a layer instead of once a call.",
     ),
@@ -384,9 +404,9 @@ MUTANTS = (
     ),
     Mutant(
         "strides_ignored",
-        "jitmoe/experts/layer.py",
-        "x.reshape(-1, hidden).contiguous().resolve_neg()",
-        "x.reshape(-1, hidden).resolve_neg()",
+        "jitmoe/experts/ops.py",
+        "tensor.to(torch.bfloat16).contiguous().resolve_neg()",
+        "tensor.to(torch.bfloat16).resolve_neg()",
         ("test_faults_inputs.py::test_odd_strides_are_right",),
         "A transposed x is read as if its rows were contiguous.",
     ),
@@ -409,8 +429,8 @@ MUTANTS = (
     Mutant(
         "misspelt_field",
         "jitmoe/experts/ops.py",
-        'f"{name}.weights": packed.data_ptr()',
-        'f"{name}.weight": packed.data_ptr()',
+        'for field in ("weights", "bias")',
+        'for field in ("weight", "bias")',
         ("test_ancestor.py::test_silu_evaluated_wrongly",),
         "A field is misspelt: the record refuses it instead of handing over null.",
     ),

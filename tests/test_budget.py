@@ -77,6 +77,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
     for name in LORA_NAMES:
         found[f"new {name}.grad"] = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
+    found["saved topk_ids"] = saved[1]
     found |= dict(zip(node.saved_names, saved[3 + len(LORA_NAMES) :], strict=True))
     for launch in seen:
         arrays = {
@@ -156,7 +157,7 @@ def test_the_largest_sizes_do_not_overflow(training):
         assert all(isinstance(p.offset, int) and p.offset >= 0 for p in item.scratch.placed)
     slots = most * most
     assert all(row.nbytes > 0 for row in planned.rows())
-    gate = next(t for t in planned.held if t.name == ("gate.saved" if training else "row_token"))
+    gate = next(t for t in planned.held if t.name == ("gate.saved" if training else "forward row_token"))
     assert gate.nbytes == slots * (2 * 2048 if training else 8)
 
 

@@ -188,7 +188,7 @@ def test_figures_of_published_models(name, layers, packed, adapters, saved, tmp_
     load = Load(MoEConfig(**model.fields, lora_rank=16, isa="avx512_bf16"), 4096, model.layers, threads=32)
     for kind, nbytes in (("packed weight", packed), ("parameter", adapters), ("optimizer", 2 * adapters)):
         assert bytes_of(load, kind) == pytest.approx(layers * nbytes, rel=1e-3)
-    routing = 4096 * 8 * (4 + 2 * 8)
+    routing = 4096 * 8 * (4 + 8)
     assert bytes_of(load, "saved") == pytest.approx(layers * (saved + routing), rel=1e-3)
 
 
@@ -218,9 +218,9 @@ def test_totals_of_published_models(name, training, gigabytes, tmp_path):
     lora = 4 * 3 * experts * rank * (hidden + intermediate)
     ids, routes, routing_weights, row_weights = 8 * slots, 2 * 8 * slots, 4 * slots, 4 * slots
     if training:
-        saved = wide + routing_weights + routes + slots * (2 * 2 * intermediate + 3 * 4 * rank)
+        saved = wide + routing_weights + ids + slots * (2 * 2 * intermediate + 3 * 4 * rank)
         every = packed + (1 + 1 + 2) * lora + saved
-        working = (ids + wide) + (2 * wide + routing_weights) + (row_weights + lora)
+        working = (ids + wide) + (2 * wide + routing_weights) + (routes + row_weights + lora)
     else:
         every = packed + lora
         working = (wide + routing_weights + ids) + wide + (routes + row_weights)

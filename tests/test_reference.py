@@ -12,7 +12,7 @@ from yardstick import CASES, Case, Inputs, Results, check, make_inputs, results_
 from jitmoe.oracle.reference import LoraTensors, moe_reference
 
 MEDIUM = next(case for case in CASES if case.name == "medium")
-Silu = Callable[[Tensor], Tensor]
+Activate = Callable[[Tensor, Tensor], Tensor]
 
 
 def round_to_bfloat16(tensor: Tensor) -> Tensor:
@@ -22,12 +22,13 @@ def round_to_bfloat16(tensor: Tensor) -> Tensor:
 class ProjectionModel:
     """One projection of one expert with the roundings of the design: float32 sums, bfloat16 operands."""
 
-    def __init__(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
-        self.weight, self.lora_a, self.lora_b, self.scale = weight.float(), lora_a.float(), lora_b.float(), scale
+    def __init__(self, weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+        self.weight, self.bias, self.lora_a, self.lora_b = (t.float() for t in (weight, bias, lora_a, lora_b))
+        self.scale = scale
 
     def forward(self, rows: Tensor) -> Tensor:
         self.rows, self.down = rows, round_to_bfloat16(self.scale * rows @ self.lora_a.T)
-        return rows @ self.weight.T + self.down @ self.lora_b.T
+        return self.bias + rows @ self.weight.T + self.down @ self.lora_b.T
 
     def backward(self, grad: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the rows for ``grad``, and of A and B for ``factor * grad``."""
@@ -37,7 +38,7 @@ class ProjectionModel:
         return grad_rows, grad_a, round_to_bfloat16(factor * grad).T @ self.down
 
 
-def kernel_model(inputs: Inputs, activate: Silu = silu, scale_of_grad_a: float = 1.0) -> Results:
+def kernel_model(inputs: Inputs, activate: Activate | None = None, scale_of_grad_a: float = 1.0) -> Results:
     """What a faultless kernel computes; the two arguments are faults to seed."""
     lora = inputs.lora
     assert lora is not None
@@ -51,6 +52,7 @@ def kernel_model(inputs: Inputs, activate: Silu = silu, scale_of_grad_a: float =
         models = {
             name: ProjectionModel(
                 tensor[expert],
+                getattr(inputs.biases, name)[expert] if inputs.biases else torch.zeros(tensor.shape[1]),
                 getattr(lora, f"{name}_lora_a")[expert],
                 getattr(lora, f"{name}_lora_b")[expert],
                 inputs.case.scale,
@@ -59,13 +61,14 @@ def kernel_model(inputs: Inputs, activate: Silu = silu, scale_of_grad_a: float =
         }
         rows = inputs.x[tokens].float()
         gate, up = (models["gate"].forward(rows).requires_grad_(), models["up"].forward(rows).requires_grad_())
-        exact_activation = activate(gate) * up
+        exact_activation = (activate or inputs.activation)(gate, up)
         activation = round_to_bfloat16(exact_activation.detach())
         results["out"].index_add_(0, tokens, weight * models["down"].forward(activation))
 
         grads = {}
         grad_activation, *grads["down"] = models["down"].backward(inputs.dout[tokens].float(), weight)
-        results["weights"][tokens, slots] = (grad_activation * activation).sum(-1)
+        of_bias = inputs.dout[tokens].float() @ models["down"].bias
+        results["weights"][tokens, slots] = (grad_activation * activation).sum(-1) + of_bias
         exact_activation.backward(weight * grad_activation)
         for name, leaf in (("gate", gate), ("up", up)):
             grad_rows, *grads[name] = models[name].backward(round_to_bfloat16(leaf.grad))
@@ -166,12 +169,14 @@ def only_first_columns(inputs: Inputs) -> Results:
 
 
 FAULTS: dict[str, Callable[[Inputs], Results]] = {
-    "silu off by 1 %": lambda inputs: kernel_model(inputs, activate=lambda v: silu(v) * 1.01),
+    "silu off by 1 %": lambda inputs: kernel_model(inputs, activate=lambda gate, up: silu(gate) * up * 1.01),
     "scale missing in dA": lambda inputs: kernel_model(inputs, scale_of_grad_a=1 / inputs.case.scale),
     "gate and up swapped": swapped_gate_and_up,
     "one stale expert": stale_expert,
     "only the first 128 columns": only_first_columns,
-    "a NaN": lambda inputs: kernel_model(inputs, activate=lambda v: silu(v) * torch.where(v > 2, torch.nan, 1.0)),
+    "a NaN": lambda inputs: kernel_model(
+        inputs, activate=lambda gate, up: silu(gate) * up * torch.where(gate > 2, torch.nan, 1.0)
+    ),
 }
 
 

@@ -75,6 +75,9 @@ def experts(
         call = calls.new_call(config, isa, topk_ids, lora)
         out = empty(x.shape, x.dtype)
         saved = [empty(s.shape, getattr(torch, s.dtype)) for s in saved_of(config, topk_ids.numel(), saves)]
+        if call.rows < topk_ids.numel():  # what skipped slots leave at the end is an output too
+            for tensor in saved:
+                tensor.view(-1)[tensor.numel() // topk_ids.numel() * call.rows :].zero_()
         operand = _operand(x)
         fields = _inputs(operand, base, lora) | _result(out) | _saved(config, saved)
         calls.run("forward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
@@ -151,7 +154,8 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, topk_ids, weights, base, lora, spec, _ = inputs
-    ctx.save_for_backward(x, topk_ids, weights, *lora, *output[1:])
+    # A copy of the ids: callers reuse that buffer, and torch would not let them.
+    ctx.save_for_backward(x, topk_ids.clone(), weights, *lora, *output[1:])
     # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
     ctx.base, ctx.versions, ctx.spec, ctx.adapters = base, versions_of(base), spec, len(lora)
     ctx.saved_names = [s.name for s in saved_of(read_spec(spec)[0], topk_ids.numel(), len(output) > 1)]

@@ -81,7 +81,7 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
     held = [
         Held("x", wide, x_dtype, x_kind, 1, last),
         Held("weights", (tokens, config.top_k), "float32", x_kind, 1, last),
-        Held("topk_ids", (tokens, config.top_k), "int64", x_kind, 1, last),
+        Held("topk_ids", (tokens, config.top_k), "int64", "input", 1, last),
         Held("out", wide, x_dtype, "result", 1, last),
     ]
     held += _routed("forward", slots, 1, forward_end)
@@ -90,6 +90,7 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
     if not training:
         return held
     start = forward_end + 1
+    held.append(Held("saved topk_ids", (tokens, config.top_k), "int64", "saved", 1, last))
     if not config.recompute:
         saved = saved_tensors(config.intermediate_size, slots, config.lora_rank)
         held += [Held(s.name, s.shape, s.dtype, "saved", 1, last) for s in saved]
