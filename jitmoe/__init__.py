@@ -29,11 +29,13 @@ from jitmoe.memory.plan import MemoryPlan
 from jitmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from jitmoe.experts.functional import Adapters, moe_experts, pack_base
     from jitmoe.experts.layer import MoELayer
     from jitmoe.experts.pack import safetensors_source
     from jitmoe.inspect.tracing import trace
 
 __all__ = [
+    "Adapters",
     "BenchError",
     "BudgetError",
     "BuildError",
@@ -54,13 +56,18 @@ __all__ = [
     "TraceError",
     "WeightsChangedError",
     "build",
+    "moe_experts",
+    "pack_base",
     "release_memory",
     "safetensors_source",
     "trace",
 ]
 
 _LAZY = {
+    "Adapters": "jitmoe.experts.functional",
     "MoELayer": "jitmoe.experts.layer",
+    "moe_experts": "jitmoe.experts.functional",
+    "pack_base": "jitmoe.experts.functional",
     "safetensors_source": "jitmoe.experts.pack",
     "trace": "jitmoe.inspect.tracing",
 }

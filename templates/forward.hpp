@@ -17,7 +17,7 @@ template <Shape S, class Gemm>
 struct Forward : Pass<S, Gemm> {
   using Base = Pass<S, Gemm>;
   using Base::call, Base::gate, Base::up, Base::down, Base::thread;
-  using Base::gather, Base::make_u, Base::project, Base::add_to_tokens;
+  using Base::gather, Base::make_u, Base::copy_u, Base::shares_a, Base::project, Base::add_to_tokens;
   using Base::strip, Base::saved_u, Base::saved_strip, Base::store_bf16, Base::put, Base::show;
 
   void load(const Block& block) const { load_x(block, saved_u(call.gate, block), saved_u(call.up, block)); }
@@ -25,7 +25,10 @@ struct Forward : Pass<S, Gemm> {
   void load_x(const Block& block, float* gate_u_rows, float* up_u_rows) const {
     gather(Tensor::x, call.x, block, call.x_panel);
     make_u(gate, call.x_panel, block, gate_u_rows);
-    make_u(up, call.x_panel, block, up_u_rows);
+    if (shares_a())
+      copy_u(gate, gate_u_rows, up, up_u_rows, block);
+    else
+      make_u(up, call.x_panel, block, up_u_rows);
   }
 
   void gate_up(const Segment& segment, int64_t index) const {

@@ -162,6 +162,21 @@ struct Pass {
   void make_u(const P& of, void* const& v_panel, const Block& block, float* as_rows) const {
     low_rank(P::kU, of.at, v_panel, block, P::kIn, lora(of.at.a, block).along_columns(), as_rows, nullptr);
   }
+  // Where gate and up have one A, their u is one product too.
+  bool shares_a() const {
+    const auto &one = call.gate.a, &other = call.up.a;
+    return one.data == other.data && one.expert == other.expert && one.row == other.row &&
+           one.column == other.column;
+  }
+  template <class P, class Q>
+  void copy_u(const P& from, const float* from_rows, const Q& to, float* to_rows, const Block& block) const {
+    if (!call.rank) return;
+    const float* product = low(Access::read, from.at, block);
+    float* copy = low(Access::write, to.at, block);
+    std::memcpy(copy, product, call.rank * S.m_step * sizeof(float));
+    if (to_rows) std::memcpy(to_rows, from_rows, block.rows * call.rank * sizeof(float));
+    if constexpr (kTraced) observe_low<S>(call, Q::kU, block, copy);
+  }
   template <class P>
   void make_du(const P& of, void* const& dv_panel, const Block& block, const float* row_weight) const {
     if (!call.rank) return;

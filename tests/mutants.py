@@ -130,6 +130,14 @@ MUTANTS = (
         "Gradients are added to what lay in the memory.",
     ),
     Mutant(
+        "every_a_is_shared",
+        "templates/pass.hpp",
+        "return one.data == other.data &&",
+        "return",
+        ("test_matrix.py::test_cut_into_many_groups",),
+        "Two tensors A of the same strides are taken for one, so up has gate's low-rank product.",
+    ),
+    Mutant(
         "saved_product_of_the_other_projection",
         "templates/backward.hpp",
         "const float* up_u = u_rows(call.up, segment);",
@@ -382,23 +390,20 @@ MUTANTS = (
     Mutant(
         "one_place_for_gate_and_up",
         "jitmoe/experts/ops.py",
-        "saved = [empty(s.shape, getattr(torch, s.dtype)) for s in saved_of(config, topk_ids.numel(), saves)]",
+        "saved = [empty(s.shape, getattr(torch, s.dtype)) for s in wanted]",
         'kept = vars(saved_of).setdefault("kept", {})\n'
-        "        saved = [\n"
-        "            kept.setdefault(s, empty(s.shape, getattr(torch, s.dtype))).detach()\n"
-        "            for s in saved_of(config, topk_ids.numel(), saves)\n"
-        "        ]",
+        "        saved = [kept.setdefault(s, empty(s.shape, getattr(torch, s.dtype))).detach() for s in wanted]",
         ("test_ancestor.py::test_a_second_forward_overwrites_what_the_first_one_saved",),
         "Gate and up are saved once a layer instead of once a call.",
     ),
     Mutant(
         "stale_lora_b",
-        "jitmoe/experts/layer.py",
+        "jitmoe/experts/functional.py",
         "return [tensor.resolve_neg() for tensor in lora]",
         "return [\n"
-        '            self.__dict__.setdefault(f"_{name}", tensor.clone()) if name.endswith("_b") else tensor\n'
-        "            for name, tensor in zip(shapes, lora, strict=True)\n"
-        "        ]",
+        '        config.__dict__.setdefault(name, tensor.clone()) if name.endswith("_b") else tensor\n'
+        "        for name, tensor in zip(LORA_NAMES, lora, strict=True)\n"
+        "    ]",
         ("test_ancestor.py::test_an_update_of_lora_seen_by_a_but_not_by_b",),
         "B is copied in the first call, and an optimizer's step is not seen.",
     ),

@@ -76,7 +76,8 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
     found |= dict(layer.named_parameters()) | dict(layer.named_buffers())
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
     for name in LORA_NAMES:
-        found[f"new {name}.grad"] = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
+        memory = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
+        found[f"new {name}.grad"] = memory.view(layer.get_parameter(name).shape)
     found["saved topk_ids"] = saved[1]
     found |= dict(zip(node.saved_names, saved[3 + len(LORA_NAMES) :], strict=True))
     for launch in seen:

@@ -24,7 +24,7 @@ def test_torch_finds_nothing_wrong_with_them(case: Case, recompute: bool) -> Non
     x, weights = inputs.x.requires_grad_(), inputs.weights.requires_grad_()
     base = [*layer._packed().values(), *layer.biases().values()]
     lora = [parameter for _, parameter in layer.named_parameters()]
-    arguments = (x, inputs.topk_ids, weights, base, lora, spec_of(layer.config, ISA), True)
+    arguments = (x, inputs.topk_ids, weights, base, lora, spec_of(layer.config, ISA), inputs.scale, True)
     assert set(torch.library.opcheck(experts, arguments).values()) == {"SUCCESS"}
 
 

@@ -52,7 +52,7 @@ class Call:
         return self.route.row_token.size
 
 
-def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor]) -> Call:
+def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor], scale: float) -> Call:
     """Route ``topk_ids`` [T, K] and choose a kernel of ``isa``.
 
     Raises:
@@ -67,7 +67,7 @@ def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tenso
         top_k=config.top_k,
         num_experts=config.num_experts,
         rank=config.lora_rank,
-        scale=config.lora_scale,
+        scale=scale,
         alpha=config.activation_alpha,
         limit=config.activation_limit,
     )

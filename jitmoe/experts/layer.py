@@ -12,23 +12,20 @@ from torch import nn
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
-from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
-from jitmoe.experts.ops import experts, spec_of
+from jitmoe.experts.functional import Adapters, Base, moe_experts, pack_base
+from jitmoe.experts.ops import spec_of
 from jitmoe.experts.pack import (
     ExpertSource,
     PackedExperts,
-    Seal,
     check_base,
-    empty_packed,
     open_packed,
     pack_experts,
     unpack_experts,
 )
 from jitmoe.experts.packed_file import write_packed
 from jitmoe.jit import kernels
-from jitmoe.jit.capability import describe, resolve_isa
-from jitmoe.memory.budget import check_call, check_layer
-from jitmoe.plan.projections import NAMES, Projection, lora_shapes, projections
+from jitmoe.jit.capability import describe
+from jitmoe.plan.projections import LORA_NAMES, NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
 NEXT_CALL, ON_NONFINITE = "next_call", "on_nonfinite"
@@ -75,21 +72,15 @@ class MoELayer(nn.Module):
         down_bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.isa = resolve_isa(config.requested_isa)
-        check_layer(config)
-        self._seal = Seal()
-        self._spec = spec_of(config, self.isa)
-        for projection, source in zip(self._projections, (gate_proj, up_proj, down_proj), strict=True):
-            packed = source.tensor if isinstance(source, PackedExperts) else self._pack(projection, source)
-            self.register_buffer(f"packed_{projection.name}", packed, persistent=False)
-            self._seal.close(projection.name, packed)
-        for projection, bias in zip(self._projections, (gate_bias, up_bias, down_bias), strict=True):
-            extent = (config.num_experts, projection.out)
-            if config.bias:
-                self.register_buffer(projection.bias_name, check_bias(projection.bias_name, bias, extent))
-            elif bias is not None:
-                raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
+        base = pack_base(
+            config, gate_proj, up_proj, down_proj, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias
+        )
+        self.config, self.isa = config, base.isa
+        self._seal, self._spec = base.seal, base.spec
+        for name, packed in base.packed.items():
+            self.register_buffer(f"packed_{name}", packed, persistent=False)
+        for name, bias in base.biases.items():
+            self.register_buffer(name, bias)
         for name, shape in self._lora_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=getattr(torch, config.lora_dtype))))
         self.reset_lora_parameters()
@@ -158,26 +149,7 @@ class MoELayer(nn.Module):
             WeightsChangedError: the packed weights were written to.
             BudgetError: the call could take more than ``config.memory_budget``.
         """
-        hidden, top_k = self.config.hidden_size, self.config.top_k
-        check_dense("x", x, FLOATS, hidden)
-        check_dense("topk_ids", topk_ids, (torch.int64, torch.int32), top_k)
-        check_dense("weights", weights, FLOATS, top_k)
-        lead = x.shape[:-1]
-        for name, tensor in (("topk_ids", topk_ids), ("weights", weights)):
-            if tensor.shape[:-1] != lead:
-                raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
-        lora = self._lora()
-        self._check_budget(x, weights, lora)
-        rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
-        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
-        if torch.compiler.is_compiling():
-            packed = self._packed()  # a graph holds its weights, and looks at no counter of writes
-        else:
-            packed, self._spec = self._sealed(), spec_of(self.config, self.isa)
-        base = [*packed.values(), *self.biases().values()]
-        out, *_ = experts(rows, ids, weights.reshape(-1, top_k), base, lora, self._spec, saves)
-        result: torch.Tensor = out.reshape(x.shape)
-        return result
+        return moe_experts(x, topk_ids, weights, self._base(), self._adapters())
 
     def capture(self, path: str | os.PathLike[str], when: str = NEXT_CALL) -> None:
         """Write a call to a file that ``jitmoe replay`` computes again, here or elsewhere.
@@ -219,33 +191,17 @@ class MoELayer(nn.Module):
             f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
         )
 
-    def _check_budget(self, x: torch.Tensor, weights: torch.Tensor, lora: list[torch.Tensor]) -> None:
-        if self.config.memory_budget is not None:
-            trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
-            lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
-            plan = plan_kernels(self.config, self.isa, lora_dtype)
-            tokens = x.numel() // self.config.hidden_size
-            check_call(plan, tokens, torch.get_num_threads(), trains, str(x.dtype).removeprefix("torch."))
+    def _base(self) -> Base:
+        """The base as it is now: buffers may have been replaced or cast, and tests change config and set."""
+        if not torch.compiler.is_compiling():
+            self._spec = spec_of(self.config, self.isa)
+        return Base(self.config, self.isa, self._spec, self._packed(), self.biases(), self._seal)
 
-    def _lora(self) -> list[torch.Tensor]:
-        """The LoRA parameters, checked: they may have been cast or moved since."""
-        shapes = self._lora_shapes
-        lora = [getattr(self, name) for name in shapes]
-        for (name, shape), tensor in zip(shapes.items(), lora, strict=True):
-            if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
-                raise InputTypeError(
-                    f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
-                )
-            if tensor.device.type != "cpu" or tensor.layout != torch.strided or tuple(tensor.shape) != shape:
-                raise InputError(
-                    f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
-                )
-        return [tensor.resolve_neg() for tensor in lora]
-
-    def _pack(self, projection: Projection, source: ExpertSource) -> torch.Tensor:
-        packed = empty_packed(self.config.num_experts, projection.out, projection.in_)
-        pack_experts(self._any_kernels(), projection.base_name, source, packed, projection.out, projection.in_)
-        return packed
+    def _adapters(self) -> Adapters | None:
+        if not self.config.lora_rank:
+            return None
+        gate_a, gate_b, up_a, up_b, down_a, down_b = (getattr(self, name) for name in LORA_NAMES)
+        return Adapters(gate_a, gate_b, up_a, up_b, down_a, down_b, self.config.lora_scale)
 
     def _sealed(self) -> dict[str, torch.Tensor]:
         """The packed weights, after looking that nobody wrote to them."""

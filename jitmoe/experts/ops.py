@@ -1,9 +1,9 @@
 """The experts as operators of torch: one for each pass, opaque to its compiler, with gradients and shapes registered.
 
-``jitmoe::experts(x, topk_ids, weights, base, lora, spec, saves) -> [out, *saved]`` and
-``jitmoe::experts_backward(out_grad, x, topk_ids, weights, base, lora, saved, spec, wants) -> [gradients]``. ``base`` is
-packed gate, up and down and then their biases, if any; ``lora`` is A and B of the three, or nothing; ``spec`` is the
-text of :func:`spec_of`, because an operator takes tensors and plain values alone.
+``jitmoe::experts(x, topk_ids, weights, base, lora, spec, scale, saves) -> [out, *saved]`` and
+``jitmoe::experts_backward(out_grad, x, topk_ids, weights, base, lora, saved, spec, scale, wants) -> [gradients]``.
+``base`` is packed gate, up and down and then their biases, if any; ``lora`` is A and B of the three, or nothing;
+``spec`` is the text of :func:`spec_of`, because an operator takes tensors and plain values alone.
 """
 
 import json
@@ -37,17 +37,21 @@ def spec_of(config: MoEConfig, isa: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def read_spec(spec: str) -> tuple[MoEConfig, str]:
-    """The config and the instruction set of :func:`spec_of`."""
+def read_spec(spec: str, rank: int) -> tuple[MoEConfig, str]:
+    """The config of :func:`spec_of` with LoRA of this rank, and the instruction set."""
     content = json.loads(spec)
-    return MoEConfig(**content["config"]), content["isa"]
+    return MoEConfig(**content["config"] | {"lora_rank": rank}), content["isa"]
 
 
-def saved_of(config: MoEConfig, slots: int, saves: bool) -> tuple[Saved, ...]:
+def rank_of(lora: Sequence[Tensor]) -> int:
+    """r of the adapters; 0 where there are none."""
+    return lora[0].shape[1] if lora else 0
+
+
+def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]:
     """What forward leaves for backward: sizes follow from T K, never from the routing at hand."""
-    if not saves or config.recompute:
-        return ()
-    return saved_tensors(config.intermediate_size, slots, config.lora_rank)
+    config, _ = read_spec(spec, 0)
+    return saved_tensors(config.intermediate_size, slots, rank) if saves and not config.recompute else ()
 
 
 @contextmanager
@@ -63,18 +67,26 @@ def _memory_errors() -> Iterator[None]:
 
 @torch.library.custom_op("jitmoe::experts", mutates_args=())
 def experts(
-    x: Tensor, topk_ids: Tensor, weights: Tensor, base: list[Tensor], lora: list[Tensor], spec: str, saves: bool
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    spec: str,
+    scale: float,
+    saves: bool,
 ) -> list[Tensor]:
     """Run forward: x [T, H], topk_ids and weights [T, K] -> out [T, H] and what backward wants.
 
     Unless the layer recomputes these are gate and up before the activation in bfloat16 and the three low-rank products
     in float32: 4 I + 12 r bytes a slot.
     """
-    config, isa = read_spec(spec)
+    config, isa = read_spec(spec, rank_of(lora))
     with _memory_errors():
-        call = calls.new_call(config, isa, topk_ids, lora)
+        call = calls.new_call(config, isa, topk_ids, lora, scale)
         out = empty(x.shape, x.dtype)
-        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in saved_of(config, topk_ids.numel(), saves)]
+        wanted = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
+        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in wanted]
         if call.rows < topk_ids.numel():  # what skipped slots leave at the end is an output too
             for tensor in saved:
                 tensor.view(-1)[tensor.numel() // topk_ids.numel() * call.rows :].zero_()
@@ -86,10 +98,16 @@ def experts(
 
 @experts.register_fake
 def _(
-    x: Tensor, topk_ids: Tensor, weights: Tensor, base: list[Tensor], lora: list[Tensor], spec: str, saves: bool
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    spec: str,
+    scale: float,
+    saves: bool,
 ) -> list[Tensor]:
-    config, _ = read_spec(spec)
-    saved = saved_of(config, topk_ids.numel(), saves)
+    saved = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
     return [torch.empty_like(x), *(x.new_empty(s.shape, dtype=getattr(torch, s.dtype)) for s in saved)]
 
 
@@ -103,16 +121,17 @@ def experts_backward(
     lora: list[Tensor],
     saved: list[Tensor],
     spec: str,
+    scale: float,
     wants: list[bool],
 ) -> list[Tensor]:
     """Run backward: the gradients of x, of the routing weights and of LoRA, each where ``wants`` says so, else empty.
 
     ``wants`` has three entries: of x, of the routing weights, of all LoRA tensors.
     """
-    config, isa = read_spec(spec)
+    config, isa = read_spec(spec, rank_of(lora))
     wants_x, wants_weights, wants_lora = wants
     with _memory_errors():
-        call = calls.new_call(config, isa, topk_ids, lora)
+        call = calls.new_call(config, isa, topk_ids, lora, scale)
         operand, out_operand = _operand(x), _operand(out_grad)
         x_grad = empty(x.shape, x.dtype) if wants_x else None
         weights_grad = supplies().zeros(weights.shape, torch.float32)
@@ -145,20 +164,21 @@ def _(
     lora: list[Tensor],
     saved: list[Tensor],
     spec: str,
+    scale: float,
     wants: list[bool],
 ) -> list[Tensor]:
     shapes = [(x, wants[0]), (weights, wants[1])]
     grads = [t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in shapes]
-    return [*grads, *(t.new_empty(t.shape) for t in lora if wants[2])]
+    return [*grads, *(torch.empty_like(t) for t in lora if wants[2])]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, topk_ids, weights, base, lora, spec, _ = inputs
+    x, topk_ids, weights, base, lora, spec, scale, _ = inputs
     # A copy of the ids: callers reuse that buffer, and torch would not let them.
     ctx.save_for_backward(x, topk_ids.clone(), weights, *lora, *output[1:])
     # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
-    ctx.base, ctx.versions, ctx.spec, ctx.adapters = base, versions_of(base), spec, len(lora)
-    ctx.saved_names = [s.name for s in saved_of(read_spec(spec)[0], topk_ids.numel(), len(output) > 1)]
+    ctx.base, ctx.versions, ctx.spec, ctx.scale, ctx.adapters = base, versions_of(base), spec, scale, len(lora)
+    ctx.saved_names = [s.name for s in saved_of(spec, topk_ids.numel(), rank_of(lora), len(output) > 1)]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -169,10 +189,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     wants_lora = bool(lora) and any(ctx.needs_input_grad[4])
     wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], wants_lora]
     assert grads[0] is not None
-    found = experts_backward(grads[0], x, topk_ids, weights, ctx.base, lora, saved, ctx.spec, wants)
+    found = experts_backward(grads[0], x, topk_ids, weights, ctx.base, lora, saved, ctx.spec, ctx.scale, wants)
     x_grad, weights_grad = (grad if wanted else None for grad, wanted in zip(found[:2], wants[:2], strict=True))
     lora_grads = found[2:] if wants_lora else [None] * len(lora)
-    return x_grad, None, weights_grad, [None] * len(ctx.base), lora_grads, None, None
+    return x_grad, None, weights_grad, [None] * len(ctx.base), lora_grads, None, None, None
 
 
 experts.register_autograd(_backward, setup_context=_setup_context)
@@ -201,12 +221,18 @@ def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
     """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
     if 2 * call.route.active.size < call.num_experts:
         # Fresh pages are zero, and most of them will not be touched.
-        return [supplies().zeros(p.shape, torch.float32) for p in lora]
-    grads = [empty(p.shape, torch.float32) for p in lora]
+        return [_in_layout_of(p, supplies().zeros((p.numel(),), torch.float32)) for p in lora]
+    grads = [_in_layout_of(p, empty((p.numel(),), torch.float32)) for p in lora]
     for begin, end in call.route.absent(call.num_experts):
         for grad in grads:
             grad[begin:end].zero_()
     return grads
+
+
+def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
+    """``memory`` with the shape of ``tensor`` and, where that fills its memory, its strides; else contiguous."""
+    like = torch.empty_like(tensor, device="meta", dtype=torch.float32)
+    return memory.as_strided(like.shape, like.stride()).detach()
 
 
 def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:

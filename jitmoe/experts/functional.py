@@ -1,0 +1,195 @@
+"""The experts as a function: packed base weights, and adapters that somebody else owns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jitmoe.config import MoEConfig
+from jitmoe.errors import InputError, InputTypeError
+from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
+from jitmoe.experts.ops import experts, spec_of
+from jitmoe.experts.pack import ExpertSource, PackedExperts, Seal, empty_packed, pack_experts
+from jitmoe.jit import kernels
+from jitmoe.jit.capability import resolve_isa
+from jitmoe.memory.budget import check_call, check_layer
+from jitmoe.plan.projections import LORA_NAMES, Projection, lora_shapes, projections
+from jitmoe.plan.shapes import plan_kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The frozen side of a layer's experts, made by :func:`pack_base`.
+
+    Attributes:
+        config: sizes and options; its LoRA fields do not count, adapters say their own.
+        isa: instruction set of the kernels.
+        spec: both as text, for the operators.
+        packed: int16 [E, packed elements] of gate, up and down under these names.
+        biases: float32 gate_bias, up_bias [E, I] and down_bias [E, H]; none without ``config.bias``.
+        seal: notices writes to ``packed``.
+    """
+
+    config: MoEConfig
+    isa: str
+    spec: str
+    packed: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    seal: Seal
+
+
+@dataclass(frozen=True, eq=False)
+class Adapters:
+    """LoRA of all experts, as tensors that may be views of others: any strides, read where they lie in every call.
+
+    E experts, H hidden, I intermediate, r rank; float32 or bfloat16, all alike. ``gate_a`` and ``up_a`` may be one
+    tensor: its low-rank product is computed once, and its gradient is the sum.
+
+    Attributes:
+        gate_a: [E, r, H].
+        gate_b: [E, I, r].
+        up_a: [E, r, H].
+        up_b: [E, I, r].
+        down_a: [E, r, I].
+        down_b: [E, H, r].
+        scale: s, the factor of B A.
+    """
+
+    gate_a: Tensor
+    gate_b: Tensor
+    up_a: Tensor
+    up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    scale: float
+
+    def tensors(self) -> list[Tensor]:
+        """The six, in the order of the operators."""
+        return [self.gate_a, self.gate_b, self.up_a, self.up_b, self.down_a, self.down_b]
+
+
+def pack_base(
+    config: MoEConfig,
+    gate_proj: ExpertSource | PackedExperts,
+    up_proj: ExpertSource | PackedExperts,
+    down_proj: ExpertSource | PackedExperts,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Base:
+    """Pack base weights, expert by expert, into the only copy that calls need.
+
+    Args:
+        config: sizes and options.
+        gate_proj: bfloat16 [E, I, H]; a stacked tensor, a sequence of E matrices, or a function from an expert's number
+            to its matrix (see :data:`~jitmoe.experts.pack.ExpertSource`).
+        up_proj: bfloat16 [E, I, H], likewise.
+        down_proj: bfloat16 [E, H, I], likewise.
+        gate_bias: bfloat16 or float32 [E, I], with ``config.bias`` alone.
+        up_bias: likewise.
+        down_bias: bfloat16 or float32 [E, H], likewise.
+
+    Raises:
+        InputError: a weight or bias has the wrong shape or device, or is missing.
+        InputTypeError: a base weight is not bfloat16, or a bias no float.
+        IsaError: ``config.isa`` names a set that this machine cannot execute.
+        BudgetError: weights and parameters take more than ``config.memory_budget``.
+    """
+    isa = resolve_isa(config.requested_isa)
+    check_layer(config)
+    any_kernels = kernels.load(plan_kernels(config, isa).shapes[-1])  # packing is the same in all of them
+    packed: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    seal = Seal()
+    sources = (gate_proj, up_proj, down_proj)
+    given = (gate_bias, up_bias, down_bias)
+    for projection, source, bias in zip(_projections(config), sources, given, strict=True):
+        if isinstance(source, PackedExperts):
+            tensor = source.tensor
+        else:
+            tensor = empty_packed(config.num_experts, projection.out, projection.in_)
+            pack_experts(any_kernels, projection.base_name, source, tensor, projection.out, projection.in_)
+        packed[projection.name] = tensor
+        seal.close(projection.name, tensor)
+        if config.bias:
+            extent = (config.num_experts, projection.out)
+            biases[projection.bias_name] = check_bias(projection.bias_name, bias, extent)
+        elif bias is not None:
+            raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
+    return Base(config, isa, spec_of(config, isa), packed, biases, seal)
+
+
+def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapters: Adapters | None = None) -> Tensor:
+    """Apply the experts: the sum over a token's slots of weight * down(activation(gate(x), up(x))).
+
+    Each projection is v W^T + b + s (v A^T) B^T (LoRA, Hu et al. 2021). Gradients of adapters have the strides and the
+    dtype of the tensors that they belong to.
+
+    Args:
+        x: [..., H] bfloat16 or float32 (rounded to bfloat16 on entry).
+        topk_ids: [..., K] int64 or int32, expert of each slot.
+        weights: [..., K] float32 or bfloat16, routing weight of each slot.
+        base: of :func:`pack_base`.
+        adapters: LoRA, or None for the base alone.
+
+    Returns:
+        [..., H] in x's dtype.
+
+    Raises:
+        InputError: wrong shape, device or expert id; names the tensor, or the token and slot.
+        InputTypeError: wrong dtype.
+        WeightsChangedError: the packed weights were written to.
+        BudgetError: the call could take more than ``config.memory_budget``.
+    """
+    config = base.config
+    hidden, top_k = config.hidden_size, config.top_k
+    check_dense("x", x, FLOATS, hidden)
+    check_dense("topk_ids", topk_ids, (torch.int64, torch.int32), top_k)
+    check_dense("weights", weights, FLOATS, top_k)
+    lead = x.shape[:-1]
+    for name, tensor in (("topk_ids", topk_ids), ("weights", weights)):
+        if tensor.shape[:-1] != lead:
+            raise InputError(f"{name} must have shape {[*lead, top_k]} to go with x, got {list(tensor.shape)}")
+    lora = _checked(config, adapters) if adapters is not None else []
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
+    _check_budget(base, x, lora, saves)
+    if not torch.compiler.is_compiling():  # a graph holds its weights, and looks at no counter of writes
+        for name, tensor in base.packed.items():
+            base.seal.check(name, tensor)
+    rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
+    frozen = [*base.packed.values(), *base.biases.values()]
+    scale = adapters.scale if adapters is not None else 0.0
+    out, *_ = experts(rows, ids, weights.reshape(-1, top_k), frozen, lora, base.spec, scale, saves)
+    result: Tensor = out.reshape(x.shape)
+    return result
+
+
+def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:
+    """The six tensors: dense, of one dtype and of the shapes of one rank."""
+    lora = adapters.tensors()
+    rank = lora[0].shape[1] if lora[0].dim() == 3 else 0
+    shapes = lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, max(rank, 1))
+    for name, shape, tensor in zip(LORA_NAMES, shapes.values(), lora, strict=True):
+        if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
+            raise InputTypeError(
+                f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
+            )
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
+            )
+    return [tensor.resolve_neg() for tensor in lora]
+
+
+def _check_budget(base: Base, x: Tensor, lora: list[Tensor], trains: bool) -> None:
+    if base.config.memory_budget is None:
+        return
+    plan = plan_kernels(base.config, base.isa, str(lora[0].dtype).removeprefix("torch.") if lora else None)
+    tokens = x.numel() // base.config.hidden_size
+    check_call(plan, tokens, torch.get_num_threads(), trains, str(x.dtype).removeprefix("torch."))
+
+
+def _projections(config: MoEConfig) -> tuple[Projection, Projection, Projection]:
+    return projections(config.hidden_size, config.intermediate_size)
