@@ -252,7 +252,7 @@ def test_not_a_models_config_json(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "gpt_oss", "hidden_act": "silu"}, "gpt-oss has biases and a clamped activation"),
+        ({"model_type": "gpt_oss", "hidden_act": "silu"}, "gpt-oss has biases, which are not counted"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "the activation of this model is gelu_pytorch_tanh"),
     ],
 )
