@@ -21,8 +21,10 @@ from jitmoe.experts import workspace
 from jitmoe.experts.observer import Launch
 from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.inspect import tracing
+from jitmoe.inspect.records import PADDING, PARAMETER, SCRATCH, STEP, Record
 from jitmoe.inspect.trace_cause import AXES, STEPS
-from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, Finding, Record, Report, heat_map
+from jitmoe.inspect.trace_picture import heat_map
+from jitmoe.inspect.trace_report import Finding, Report
 from jitmoe.jit import kernels, render
 from jitmoe.jit.build import build_instances
 from jitmoe.plan.shapes import Shape, plan_kernels

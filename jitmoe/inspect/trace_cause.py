@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jitmoe.inspect.trace_report import PARAMETER, STEP, Finding, Record, held_before
+from jitmoe.inspect.records import PARAMETER, STEP, Record
+from jitmoe.inspect.trace_report import Finding, held_before
 
 LARGEST = 3.3895313892515355e38
 """Largest finite bfloat16. Rounding makes larger values infinite."""

@@ -7,93 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from jitmoe.errors import TraceError
-from jitmoe.host.scan import Scan
+from jitmoe.inspect.records import PADDING, PARAMETER, SCRATCH, STEP, Record
+from jitmoe.inspect.trace_picture import draw
 from jitmoe.text import table
-
-STEP, PARAMETER, PADDING, SCRATCH = "step", "parameter", "padding", "scratch"
-"""Kinds of records. A step's is of its result or input. The others are of the time before the kernel ran: parameters,
-the padding of base weights, and scratch; no step reads the contents of the last two."""
-
 
 TABLE_HEADER: tuple[str, ...] = (
     *("call", "layer", "pass", "step", "expert", "rows", "NaN", "Inf", "zeros"),
     *("min", "max", "absmean", "first that is not finite"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Indices of a value; None where a tensor has no such axis.
-
-    Attributes:
-        token: index into the T tokens of the call.
-        slot: which of the token's K choices.
-        row: in the order sorted by expert; in a parameter, a gradient of one, or scratch, the row of the matrix.
-        column: of the tensor. Rows and columns of padding follow those of the matrix.
-    """
-
-    token: int | None = None
-    slot: int | None = None
-    row: int | None = None
-    column: int | None = None
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in asdict(self).items() if value is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One tensor of one expert in one call.
-
-    Attributes:
-        kind: :data:`STEP`, :data:`PARAMETER`, :data:`PADDING` or :data:`SCRATCH`.
-        name: of the step, the parameter, the parameter with this padding, or the scratch buffer.
-        expert: None for sums over experts and for scratch.
-        rows: rows of the tensor.
-        size: values seen.
-        nan: NaNs among them.
-        inf: infinities of either sign.
-        zero: zeros of either sign.
-        minimum: smallest finite value; NaN if there is none.
-        maximum: largest finite value, likewise.
-        absmean: mean magnitude of the finite values, likewise.
-        first: position of the first value, by row and column, that is not finite; None if all are.
-    """
-
-    kind: str
-    name: str
-    expert: int | None
-    rows: int
-    size: int
-    nan: int
-    inf: int
-    zero: int
-    minimum: float
-    maximum: float
-    absmean: float
-    first: Position | None
-
-    @classmethod
-    def of(cls, kind: str, name: str, expert: int | None, rows: int, scan: Scan, first: Position | None) -> "Record":
-        """The record of a tensor that was scanned."""
-        return cls(
-            kind, name, expert, rows, scan.size, scan.nan, scan.inf, scan.zero, scan.minimum, scan.maximum,
-            scan.absmean, first,
-        )  # fmt: skip
-
-    @property
-    def bad(self) -> int:
-        """Values that are not finite."""
-        return self.nan + self.inf
-
-    @property
-    def magnitude(self) -> float:
-        """Largest magnitude of the finite values; 0 if there is none."""
-        return 0.0 if self.size == self.bad else max(abs(self.minimum), abs(self.maximum))
 
 
 @dataclass(frozen=True)
@@ -217,7 +139,7 @@ class Report:
         records = [r for call in self.calls if call.layer == layer for r in call.records if r.kind == STEP]
         if not records:
             raise TraceError(f"no call of layer {layer} was traced: call the layer inside `with jitmoe.trace()`")
-        _draw(records, f"layer {layer}: {first.sentence if first and first.layer == layer else 'all finite'}", path)
+        draw(records, f"layer {layer}: {first.sentence if first and first.layer == layer else 'all finite'}", path)
 
 
 def held_before(records: Iterable[Record]) -> str:
@@ -275,46 +197,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def heat_map(records: Iterable[Record]) -> tuple[list[str], list[str], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Names of steps and experts, [steps, experts] float64 log10 of the largest mean magnitude, and bool not finite.
-
-    Sums over experts have the column "all". A cell without records, or with zeros only, is NaN.
-    """
-    members = list(records)
-    steps = list(dict.fromkeys(record.name for record in members))
-    experts = sorted({record.expert for record in members if record.expert is not None})
-    columns: list[int | None] = [*experts, *([None] if any(r.expert is None for r in members) else [])]
-    means = np.zeros((len(steps), len(columns)))
-    bad = np.zeros(means.shape, bool)
-    for record in members:
-        cell = steps.index(record.name), columns.index(record.expert)
-        means[cell] = np.fmax(means[cell], record.absmean)
-        bad[cell] |= record.bad > 0
-    logarithms = np.full(means.shape, math.nan)
-    np.log10(means, where=means > 0, out=logarithms)
-    return steps, ["all" if c is None else str(c) for c in columns], logarithms, bad
-
-
-def _draw(records: Sequence[Record], title: str, path: str | Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TraceError("save_png needs matplotlib: pip install 'jitmoe[bench]'") from error
-
-    steps, experts, means, bad = heat_map(records)
-    # Not pyplot: no window, and nothing left behind in a user's session.
-    figure = Figure(figsize=(min(4 + 0.25 * len(experts), 24), 2 + 0.22 * len(steps)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("0.92")
-    image = axes.imshow(means, aspect="auto", interpolation="nearest", cmap="viridis")
-    marks = np.where(bad, 1.0, math.nan)
-    axes.imshow(marks, aspect="auto", interpolation="nearest", cmap="Reds", vmin=0.0, vmax=1.2)
-    shown = range(0, len(experts), math.ceil(len(experts) / 64))
-    axes.set_xticks(list(shown), [experts[i] for i in shown], fontsize=7)
-    axes.set_yticks(range(len(steps)), steps, fontsize=7)
-    axes.set_xlabel("expert")
-    axes.set_title(title, fontsize=8, wrap=True)
-    figure.colorbar(image, label="log10 of the mean magnitude; red: not finite; grey: all zero, or no such cell")
-    figure.savefig(path, dpi=120, format="png")

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from jitmoe import settings
 from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.host.scan import Scan, empty_records, observe_address, read_record, scan
+from jitmoe.inspect.records import PADDING, PARAMETER, SCRATCH, STEP, Position, Record
 from jitmoe.inspect.trace_cause import AGAIN, STEPS, Evidence, find_first
-from jitmoe.inspect.trace_report import PADDING, PARAMETER, SCRATCH, STEP, CallTrace, Position, Record, Report
+from jitmoe.inspect.trace_report import CallTrace, Report
 from jitmoe.jit.abi import TENSORS, view_fields
 from jitmoe.jit.kernels import array_at
 from jitmoe.plan.placement import ITEM_BYTES
