@@ -7,6 +7,7 @@
 #include "gemm/pack.hpp"
 #include "lora.hpp"
 #include "parallel.hpp"
+#include "projection.hpp"
 #include "watch/traced.hpp"
 
 namespace jitmoe {
@@ -18,31 +19,6 @@ float tree_sum(float* values) {
   for (int64_t i = 0; i < N / 2; ++i) values[i] += values[i + N / 2];
   return tree_sum<(N > 1 ? N / 2 : 1)>(values);
 }
-
-enum class Name { gate, up, down };
-
-// One projection for the steps: its place in the call, its extents, and what its tensors and phases are called.
-template <Shape S, Name N>
-struct ProjectionOf {
-  const Projection& at;
-  static constexpr bool kDown = N == Name::down;
-  static constexpr int64_t kOut = kDown ? S.hidden : S.intermediate;
-  static constexpr int64_t kIn = kDown ? S.intermediate : S.hidden;
-  static constexpr Tensor kValue = kDown ? Tensor::down : N == Name::up ? Tensor::up : Tensor::gate;
-  static constexpr Tensor kGrad = kDown ? Tensor::dout : N == Name::up ? Tensor::dup : Tensor::dgate;
-  static constexpr Tensor kU = kDown ? Tensor::down_u : N == Name::up ? Tensor::up_u : Tensor::gate_u;
-  static constexpr Tensor kDu = kDown ? Tensor::down_du : N == Name::up ? Tensor::up_du : Tensor::gate_du;
-  static constexpr Phase kForward = kDown ? Phase::down : Phase::gate_up;
-  static constexpr Phase kBackward = kDown ? Phase::act_grad : Phase::x_grad;
-
-  // The first block of a strip of 32 outputs, and of a column of blocks of 32 inputs, one block in each strip.
-  const bf16* strip(int64_t expert, int64_t index) const {
-    return at.weights + expert * packed_elements(kOut, kIn) + index * packed_elements(kStrip, kIn);
-  }
-  const bf16* column(int64_t expert, int64_t index) const {
-    return strip(expert, 0) + index * kBlockElements;
-  }
-};
 
 template <Shape S, class Gemm>
 struct Pass {
