@@ -34,7 +34,7 @@ struct Pass {
   const ProjectionOf<S, Name::up> up{call.up};
   const ProjectionOf<S, Name::down> down{call.down};
 
-  // ---- Where things lie. Blocks are taken whole: rows that a block lacks are never written.
+  // Where things lie. Blocks are taken whole: rows that a block lacks are never written.
 
   struct BlockRange {
     int64_t first;
@@ -94,7 +94,7 @@ struct Pass {
                     call.thread_weights.stride);
   }
 
-  // ---- Tokens to rows, and back.
+  // Tokens to rows, and back.
 
   void gather(Tensor what, const bf16* tokens, const Block& block, void* const& target) const {
     constexpr int64_t stride = round_up(S.hidden, kKStep);
@@ -132,7 +132,7 @@ struct Pass {
                   segment.rows, 0, smaller(kStrip, S.hidden - strip * kStrip), sums, kStrip);
   }
 
-  // ---- Low-rank products: u = s v A^T with v [rows, in], du = s dv B with dv [rows, out].
+  // Low-rank products: u = s v A^T with v [rows, in], du = s dv B with dv [rows, out].
 
   template <class P>
   void make_u(const P& of, void* const& v_panel, const Block& block, float* as_rows) const {
@@ -171,7 +171,7 @@ struct Pass {
   }
   static Lora lora(const Matrices<const void>& of, const Block& block) { return {of, block.segment->expert}; }
 
-  // ---- Base products with their LoRA K-step, 32 columns at a time.
+  // Base products with their LoRA K-step, 32 columns at a time.
 
   // v W^T + u B^T = [v | u] . [W | B]^T for a strip of outputs; `next` is what this thread multiplies with after it.
   template <class P>
@@ -229,7 +229,7 @@ struct Pass {
     return start.with_lora(left, matrix, call.rank);
   }
 
-  // ---- Strips: columns of a matrix inside its last strip, and ways in and out.
+  // Strips: columns of a matrix inside its last strip, and ways in and out.
 
   static int64_t width(int64_t columns, int64_t strip) { return smaller(kStrip, columns - strip * kStrip); }
 
@@ -260,7 +260,7 @@ struct Pass {
     if constexpr (kTraced) observe_strip(call, what, segment, strip, columns, values);
   }
 
-  // ---- Gradients of LoRA: += low-rank rows^T . strip.
+  // Gradients of LoRA: += low-rank rows^T . strip.
 
   template <class P>
   void add_a_grad(const P& of, const float* du_rows, const Segment& segment, int64_t strip,

@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "extents_of_down_swapped",
-        "templates/pass.hpp",
+        "templates/projection.hpp",
         "static constexpr int64_t kOut = kDown ? S.hidden : S.intermediate;\n"
         "  static constexpr int64_t kIn = kDown ? S.intermediate : S.hidden;",
         "static constexpr int64_t kOut = S.intermediate;\n  static constexpr int64_t kIn = S.hidden;",

@@ -141,7 +141,7 @@ struct BackEndOf {
   using type = NoBackEnd;
 };
 
-// ---- The contract: `BackEnd` is all of these ----------------------------------------------------------
+// The contract: `BackEnd` is all of these
 
 template <class G>
 concept HasOperand = requires { typename G::Operand; };

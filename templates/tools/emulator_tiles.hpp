@@ -21,7 +21,7 @@ void count(Count what, uint64_t amount = 1) {
   counters[static_cast<int>(what)].fetch_add(amount, std::memory_order_relaxed);
 }
 
-// ---- State: tiles of each thread ---------------------------------------------------------------------
+// State: tiles of each thread
 
 constexpr int kTiles = 8, kRows = 16, kRowBytes = 64;
 
@@ -58,7 +58,7 @@ void release_tiles() {
   tiles = nullptr;
 }
 
-// ---- Execute: tiles ----------------------------------------------------------------------------------
+// Execute: tiles
 
 bool refuse(Machine& machine, const char* format, ...) {
   va_list arguments;
