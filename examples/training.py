@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from model import BASE_NAMES, DecoderLM, ModelConfig, PlainExperts
-from progress import progress
 from report import Curves
 from safetensors.torch import load_file, save_file
 from text import Corpus, all_windows, random_batches
 from torch import Tensor, nn
 
 import jitmoe
+from jitmoe.progress import track
 
 MODEL = ModelConfig()
 BATCH = 16
@@ -42,7 +42,7 @@ def train_steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: math.sin(math.pi * ((step + 1) / (steps + 1)) ** 0.5)
     )
-    for batch in progress(batches, steps, name):
+    for batch in track(batches, steps, f"{name} step"):
         loss = model.loss(batch)
         optimizer.zero_grad()
         loss.backward()
