@@ -130,7 +130,7 @@ def test_backward_twice_without_retaining_is_torchs_error(layer: MoELayer, first
 def test_double_backward_is_torchs_error(layer: MoELayer, first: Inputs) -> None:
     pending = Pending(layer, first)
     (grad,) = torch.autograd.grad(pending.out, pending.x, first.dout.clone().requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 

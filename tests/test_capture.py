@@ -18,12 +18,13 @@ from jitmoe import MoEConfig, MoELayer
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.cli import main
 from jitmoe.errors import CaptureError, ConfigError
+from jitmoe.experts import functional
 from jitmoe.experts.observer import Launch
 from jitmoe.inspect.capture import MOST_FILES
 from jitmoe.inspect.recording import read_recording
 from jitmoe.inspect.replay import compare
+from jitmoe.jit.kernels import Kernels
 from jitmoe.oracle.reference import LoraTensors
-from jitmoe.plan.projections import Projection
 
 ISA = usable_isas()[0]
 MEDIUM = replace(case_named("medium"), hidden=64, intermediate=96, rank=8)
@@ -500,15 +501,15 @@ class TestCheck:
 
     def test_debug_names_expert_and_step(self, run, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A wrong weight of up in expert 5: the gate is right still, the experts before it too."""
-        pack = MoELayer._pack
+        pack = functional.pack_experts
 
-        def wrong(self: MoELayer, projection: Projection, source: Tensor) -> Tensor:
-            if projection.name == "up":
+        def wrong(kernels: Kernels, name: str, source: Tensor, *rest: Any) -> None:
+            if name == "up_proj":
                 source = source.clone()
                 source[5, :, 7] *= 4
-            return pack(self, projection, source)
+            pack(kernels, name, source, *rest)
 
-        monkeypatch.setattr(MoELayer, "_pack", wrong)
+        monkeypatch.setattr(functional, "pack_experts", wrong)
         status, out, _ = run("check", "--mode", "debug", "--config", config_file, "--tokens", 64)
         assert status == 1
         assert "expert 4: 11 steps ok\nexpert 5: the first step that deviates is up\n" in out

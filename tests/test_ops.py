@@ -5,7 +5,8 @@ import torch
 from helpers import build_kernels, case_named, layer_of, same_bits, usable_isas
 from yardstick import Case, make_inputs, results_of_layer
 
-from jitmoe.experts.ops import experts, spec_of
+from jitmoe.experts.ops import experts
+from jitmoe.experts.passes import spec_of
 
 ISA = usable_isas()[0]
 CASES = tuple(map(case_named, ("medium", "no_lora", "gpt_oss", "skipped_slots", "float32_x")))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
+from jitmoe.experts import ops
 from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
-from jitmoe.experts.ops import experts, spec_of
 from jitmoe.experts.pack import ExpertSource, PackedExperts, Seal, empty_packed, pack_experts
+from jitmoe.experts.passes import spec_of
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
@@ -161,9 +162,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapte
     rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
     frozen = [*base.packed.values(), *base.biases.values()]
     scale = adapters.scale if adapters is not None else 0.0
-    out, *_ = experts(rows, ids, weights.reshape(-1, top_k), frozen, lora, base.spec, scale, saves)
-    result: Tensor = out.reshape(x.shape)
-    return result
+    out = ops.apply(rows, ids, weights.reshape(-1, top_k), frozen, lora, base.spec, scale, saves)
+    return out.reshape(x.shape)
 
 
 def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:

@@ -13,7 +13,6 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
 from jitmoe.experts.functional import Adapters, Base, moe_experts, pack_base
-from jitmoe.experts.ops import spec_of
 from jitmoe.experts.pack import (
     ExpertSource,
     PackedExperts,
@@ -23,6 +22,7 @@ from jitmoe.experts.pack import (
     unpack_experts,
 )
 from jitmoe.experts.packed_file import write_packed
+from jitmoe.experts.passes import spec_of
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import describe
 from jitmoe.plan.projections import LORA_NAMES, NAMES, Projection, lora_shapes, projections

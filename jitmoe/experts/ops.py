@@ -1,99 +1,25 @@
-"""The experts as operators of torch: one for each pass, opaque to its compiler, with gradients and shapes registered.
+"""The passes as operators of torch, opaque to its compiler, and as one autograd function outside of compiled graphs.
 
 ``jitmoe::experts(x, topk_ids, weights, base, lora, spec, scale, saves) -> [out, *saved]`` and
 ``jitmoe::experts_backward(out_grad, x, topk_ids, weights, base, lora, saved, spec, scale, wants) -> [gradients]``.
 ``base`` is packed gate, up and down and then their biases, if any; ``lora`` is A and B of the three, or nothing;
-``spec`` is the text of :func:`spec_of`, because an operator takes tensors and plain values alone.
+``spec`` is the text of :func:`~jitmoe.experts.passes.spec_of`: an operator takes tensors and plain values alone.
 """
 
-import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from jitmoe.config import MoEConfig
 from jitmoe.errors import WeightsChangedError
-from jitmoe.experts import call as calls
-from jitmoe.experts.call import Call
+from jitmoe.experts import passes
 from jitmoe.experts.pack import version_of
-from jitmoe.experts.supplies import supplies
-from jitmoe.plan.projections import LORA_NAMES, NAMES
-from jitmoe.plan.scratch import Saved, saved_tensors
+from jitmoe.experts.passes import rank_of, saved_of
 
-Fields = dict[str, int]
-"""Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
-
-
-@lru_cache(maxsize=256)
-def spec_of(config: MoEConfig, isa: str) -> str:
-    """What a call must know beside its tensors, as text for the operators."""
-    return json.dumps({"isa": isa, "config": asdict(config)}, sort_keys=True)
-
-
-@lru_cache(maxsize=256)
-def read_spec(spec: str, rank: int) -> tuple[MoEConfig, str]:
-    """The config of :func:`spec_of` with LoRA of this rank, and the instruction set."""
-    content = json.loads(spec)
-    return MoEConfig(**content["config"] | {"lora_rank": rank}), content["isa"]
-
-
-def rank_of(lora: Sequence[Tensor]) -> int:
-    """r of the adapters; 0 where there are none."""
-    return lora[0].shape[1] if lora else 0
-
-
-def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]:
-    """What forward leaves for backward: sizes follow from T K, never from the routing at hand."""
-    config, _ = read_spec(spec, 0)
-    return saved_tensors(config.intermediate_size, slots, rank) if saves and not config.recompute else ()
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Where the system has no memory left, torch's allocator says RuntimeError and everything else MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
-
-
-@torch.library.custom_op("jitmoe::experts", mutates_args=())
-def experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    weights: Tensor,
-    base: list[Tensor],
-    lora: list[Tensor],
-    spec: str,
-    scale: float,
-    saves: bool,
-) -> list[Tensor]:
-    """Run forward: x [T, H], topk_ids and weights [T, K] -> out [T, H] and what backward wants.
-
-    Unless the layer recomputes these are gate and up before the activation in bfloat16 and the three low-rank products
-    in float32: 4 I + 12 r bytes a slot.
-    """
-    config, isa = read_spec(spec, rank_of(lora))
-    with _memory_errors():
-        call = calls.new_call(config, isa, topk_ids, lora, scale)
-        out = empty(x.shape, x.dtype)
-        wanted = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
-        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in wanted]
-        if call.rows < topk_ids.numel():  # what skipped slots leave at the end is an output too
-            for tensor in saved:
-                tensor.view(-1)[tensor.numel() // topk_ids.numel() * call.rows :].zero_()
-        operand = _operand(x)
-        fields = _inputs(operand, base, lora) | _result(out) | _saved(config, saved)
-        calls.run("forward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
-    return [out, *saved]
+experts = torch.library.custom_op("jitmoe::experts", mutates_args=())(passes.forward)
+experts_backward = torch.library.custom_op("jitmoe::experts_backward", mutates_args=())(passes.backward)
 
 
 @experts.register_fake
@@ -109,49 +35,6 @@ def _(
 ) -> list[Tensor]:
     saved = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
     return [torch.empty_like(x), *(x.new_empty(s.shape, dtype=getattr(torch, s.dtype)) for s in saved)]
-
-
-@torch.library.custom_op("jitmoe::experts_backward", mutates_args=())
-def experts_backward(
-    out_grad: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    weights: Tensor,
-    base: list[Tensor],
-    lora: list[Tensor],
-    saved: list[Tensor],
-    spec: str,
-    scale: float,
-    wants: list[bool],
-) -> list[Tensor]:
-    """Run backward: the gradients of x, of the routing weights and of LoRA, each where ``wants`` says so, else empty.
-
-    ``wants`` has three entries: of x, of the routing weights, of all LoRA tensors.
-    """
-    config, isa = read_spec(spec, rank_of(lora))
-    wants_x, wants_weights, wants_lora = wants
-    with _memory_errors():
-        call = calls.new_call(config, isa, topk_ids, lora, scale)
-        operand, out_operand = _operand(x), _operand(out_grad)
-        x_grad = empty(x.shape, x.dtype) if wants_x else None
-        weights_grad = supplies().zeros(weights.shape, torch.float32)
-        lora_grads = _lora_gradients(call, lora) if wants_lora else []
-        saved = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may hand back other strides
-        fields = (
-            _inputs(operand, base, lora)
-            | ({} if x_grad is None else _result(x_grad))
-            | _saved(config, saved)
-            | {"out_grad": out_operand.data_ptr(), "weights_grad": weights_grad.data_ptr()}
-        )
-        for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
-            fields |= _view(_field(name) + "_grad", grad)
-        calls.run("backward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
-        nothing = x.new_empty(0)
-        return [
-            nothing if x_grad is None else x_grad,
-            weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
-            *(grad.to(tensor.dtype) for grad, tensor in zip(lora_grads, lora, strict=False)),
-        ]
 
 
 @experts_backward.register_fake
@@ -172,93 +55,105 @@ def _(
     return [*grads, *(torch.empty_like(t) for t in lora if wants[2])]
 
 
+def apply(
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    spec: str,
+    scale: float,
+    saves: bool,
+) -> Tensor:
+    """out [T, H], differentiable in x, the routing weights and LoRA; arguments as of the operator."""
+    if torch.compiler.is_compiling():
+        out: Tensor = experts(x, topk_ids, weights, base, lora, spec, scale, saves)[0]
+    else:
+        out = Experts.apply(x, topk_ids, weights, base, spec, scale, saves, *lora)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Experts(torch.autograd.Function):
+    """The same outside of compiled graphs: torch's registry of operators takes 0.2 ms a pass (2026-11-25)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_ids: Tensor,
+        weights: Tensor,
+        base: list[Tensor],
+        spec: str,
+        scale: float,
+        saves: bool,
+        *lora: Tensor,
+    ) -> Tensor:
+        """Run forward."""
+        out, *saved = passes.forward(x, topk_ids, weights, base, list(lora), spec, scale, saves)
+        _keep(ctx, x, topk_ids, weights, base, lora, spec, scale, saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Run backward."""
+        wants_x, _, wants_weights, _, _, _, _, *wants_lora = ctx.needs_input_grad
+        x, weights, lora = _gradients(ctx, passes.backward, out_grad, wants_x, wants_weights, any(wants_lora))
+        return x, None, weights, None, None, None, None, *lora
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, topk_ids, weights, base, lora, spec, scale, _ = inputs
-    # A copy of the ids: callers reuse that buffer, and torch would not let them.
-    ctx.save_for_backward(x, topk_ids.clone(), weights, *lora, *output[1:])
-    # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
-    ctx.base, ctx.versions, ctx.spec, ctx.scale, ctx.adapters = base, versions_of(base), spec, scale, len(lora)
-    ctx.saved_names = [s.name for s in saved_of(spec, topk_ids.numel(), rank_of(lora), len(output) > 1)]
+    _keep(ctx, x, topk_ids, weights, base, lora, spec, scale, output[1:])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, topk_ids, weights, *rest = ctx.saved_tensors
-    lora, saved = rest[: ctx.adapters], rest[ctx.adapters :]
-    if versions_of(ctx.base) != ctx.versions:
-        raise WeightsChangedError("base weights were loaded or written between forward and backward: run forward again")
-    wants_lora = bool(lora) and any(ctx.needs_input_grad[4])
-    wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], wants_lora]
     assert grads[0] is not None
-    found = experts_backward(grads[0], x, topk_ids, weights, ctx.base, lora, saved, ctx.spec, ctx.scale, wants)
-    x_grad, weights_grad = (grad if wanted else None for grad, wanted in zip(found[:2], wants[:2], strict=True))
-    lora_grads = found[2:] if wants_lora else [None] * len(lora)
-    return x_grad, None, weights_grad, [None] * len(ctx.base), lora_grads, None, None, None
+    wants_x, _, wants_weights, _, wants_lora, *_ = ctx.needs_input_grad
+    x, weights, lora = _gradients(ctx, experts_backward, grads[0], wants_x, wants_weights, any(wants_lora))
+    return x, None, weights, [None] * len(ctx.base), lora, None, None, None
 
 
 experts.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: Sequence[Tensor],
+    spec: str,
+    scale: float,
+    saved: list[Tensor],
+) -> None:
+    # A copy of the ids: callers reuse that buffer, and torch would not let them.
+    ctx.save_for_backward(x, topk_ids.clone(), weights, *lora, *saved)
+    # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
+    ctx.base, ctx.versions, ctx.spec, ctx.scale, ctx.adapters = base, versions_of(base), spec, scale, len(lora)
+    ctx.saved_names = [s.name for s in saved_of(spec, topk_ids.numel(), rank_of(lora), bool(saved))]
+
+
+def _gradients(
+    ctx: Any, run: Callable[..., list[Tensor]], out_grad: Tensor, wants_x: bool, wants_weights: bool, wants_lora: bool
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """Of x, of the routing weights and of LoRA, by ``run``; None where it is not wanted."""
+    x, topk_ids, weights, *rest = ctx.saved_tensors
+    lora, saved = rest[: ctx.adapters], rest[ctx.adapters :]
+    if versions_of(ctx.base) != ctx.versions:
+        raise WeightsChangedError("base weights were loaded or written between forward and backward: run forward again")
+    wants = [wants_x, wants_weights, wants_lora]
+    x_grad, weights_grad, *lora_grads = run(
+        out_grad, x, topk_ids, weights, ctx.base, lora, saved, ctx.spec, ctx.scale, wants
+    )
+    return (
+        x_grad if wants_x else None,
+        weights_grad if wants_weights else None,
+        lora_grads if wants_lora else [None] * len(lora),
+    )
+
+
 def versions_of(base: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each of the packed weights has been written to."""
     return tuple(map(version_of, base))
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < supplies().block_bytes:
-        return supplies().empty(shape, dtype)
-    memory = torch.from_numpy(supplies().blocks.take(nbytes))
-    # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
-    return memory.view(dtype).view(*shape).detach()
-
-
-def _operand(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16).contiguous().resolve_neg()
-
-
-def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
-    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
-    if 2 * call.route.active.size < call.num_experts:
-        # Fresh pages are zero, and most of them will not be touched.
-        return [_in_layout_of(p, supplies().zeros((p.numel(),), torch.float32)) for p in lora]
-    grads = [_in_layout_of(p, empty((p.numel(),), torch.float32)) for p in lora]
-    for begin, end in call.route.absent(call.num_experts):
-        for grad in grads:
-            grad[begin:end].zero_()
-    return grads
-
-
-def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
-    """``memory`` with the shape of ``tensor`` and, where that fills its memory, its strides; else contiguous."""
-    like = torch.empty_like(tensor, device="meta", dtype=torch.float32)
-    return memory.as_strided(like.shape, like.stride()).detach()
-
-
-def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:
-    fields = {"x": operand.data_ptr()}
-    names = [f"{name}.{field}" for field in ("weights", "bias") for name in NAMES]
-    fields |= {name: tensor.data_ptr() for name, tensor in zip(names, base, strict=False)}
-    for name, tensor in zip(LORA_NAMES, lora, strict=False):
-        fields |= _view(_field(name), tensor)
-    return fields
-
-
-def _field(lora_name: str) -> str:
-    """``gate.a`` for ``gate_lora_a``."""
-    return lora_name.replace("_lora_", ".")
-
-
-def _view(field: str, tensor: Tensor) -> Fields:
-    """A tensor [E, rows, columns] where it lies."""
-    expert, row, column = tensor.stride()
-    return {field: tensor.data_ptr(), f"{field}.expert": expert, f"{field}.row": row, f"{field}.column": column}
-
-
-def _result(tensor: Tensor) -> Fields:
-    return {"result_float" if tensor.dtype == torch.float32 else "result": tensor.data_ptr()}
-
-
-def _saved(config: MoEConfig, saved: Sequence[Tensor]) -> Fields:
-    names = (s.name for s in saved_tensors(config.intermediate_size, 0, config.lora_rank))
-    return {name: tensor.data_ptr() for name, tensor in zip(names, saved, strict=False)}

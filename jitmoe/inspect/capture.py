@@ -151,7 +151,7 @@ class Capture:
 def node_of(out: Tensor) -> Any:
     """The layer's node in the autograd graph of its result; reshapes come after it."""
     node: Any = out.grad_fn
-    while "jitmoe_experts" not in node.name():
+    while node.name() != "ExpertsBackward":
         node = node.next_functions[0][0]
     return node
 

@@ -40,22 +40,20 @@ class Groups:
     Attributes:
         segments: [n, 4] int64: expert, first row, rows, first row block in the group (``Segment`` in call.hpp).
         bounds: [groups + 1] int64: segments ``bounds[g]:bounds[g + 1]`` form group g and share the panels.
-        m_step: rows of a row block.
+        rows: rows of the largest group.
+        blocks: row blocks of the largest group.
+        segment_rows: rows of the largest segment.
     """
 
     segments: npt.NDArray[np.int64]
     bounds: npt.NDArray[np.int64]
-    m_step: int
+    rows: int
+    blocks: int
+    segment_rows: int
 
     def extents(self, tokens: int, rank: int, threads: int) -> Extents:
-        """Extents of a call with these groups, on ``tokens`` tokens, LoRA rank ``rank`` and ``threads`` threads."""
-        if not len(self.segments):
-            return Extents(tokens, 0, 0, 0, rank, threads)
-        rows = self.segments[:, 2]
-        group_rows = np.add.reduceat(rows, self.bounds[:-1])
-        last = self.segments[self.bounds[1:] - 1]
-        blocks = last[:, 3] - (-last[:, 2] // self.m_step)
-        return Extents(tokens, int(group_rows.max()), int(blocks.max()), int(rows.max()), rank, threads)
+        """The extents of a call of so many tokens that is cut like this."""
+        return Extents(tokens, self.rows, self.blocks, self.segment_rows, rank, threads)
 
 
 def group_limit(m_step: int, row_bytes: int, group_bytes: int = GROUP_BYTES) -> int:
@@ -119,7 +117,7 @@ def plan_groups(
     limit = group_limit(m_step, row_bytes, GROUP_BYTES if group_bytes is None else group_bytes)
     segments: list[tuple[int, int, int, int]] = []
     bounds = [0]
-    blocks = 0
+    rows = blocks = most_rows = most_blocks = 0
     for expert, begin, end in zip(active.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         pieces = ceil_div(end - begin, limit)
         cuts = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
@@ -127,9 +125,17 @@ def plan_groups(
             more = ceil_div(last - first, m_step)
             if blocks and ((blocks + more) * m_step > limit or segments[-1][0] == expert):
                 bounds.append(len(segments))
-                blocks = 0
+                rows = blocks = 0
             segments.append((expert, first, last - first, blocks))
+            rows += last - first
             blocks += more
+            most_rows, most_blocks = max(most_rows, rows), max(most_blocks, blocks)
     if segments:
         bounds.append(len(segments))
-    return Groups(np.array(segments, dtype=np.int64).reshape(-1, 4), np.array(bounds, dtype=np.int64), m_step)
+    return Groups(
+        np.array(segments, dtype=np.int64).reshape(-1, 4),
+        np.array(bounds, dtype=np.int64),
+        most_rows,
+        most_blocks,
+        max((count for _, _, count, _ in segments), default=0),
+    )

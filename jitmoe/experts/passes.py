@@ -1,0 +1,191 @@
+"""Forward and backward as functions of tensors: they make results, and name what goes to the kernels."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from jitmoe.config import MoEConfig
+from jitmoe.experts import call as calls
+from jitmoe.experts.call import Call
+from jitmoe.experts.supplies import supplies
+from jitmoe.plan.projections import LORA_NAMES, NAMES
+from jitmoe.plan.scratch import Saved, saved_tensors
+
+Fields = dict[str, int]
+"""Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
+
+
+@lru_cache(maxsize=256)
+def spec_of(config: MoEConfig, isa: str) -> str:
+    """What a call must know beside its tensors, as text for the operators."""
+    return json.dumps({"isa": isa, "config": asdict(config)}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def read_spec(spec: str, rank: int) -> tuple[MoEConfig, str]:
+    """The config of :func:`spec_of` with LoRA of this rank, and the instruction set."""
+    content = json.loads(spec)
+    return MoEConfig(**content["config"] | {"lora_rank": rank}), content["isa"]
+
+
+def rank_of(lora: Sequence[Tensor]) -> int:
+    """r of the adapters; 0 where there are none."""
+    return lora[0].shape[1] if lora else 0
+
+
+def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]:
+    """What forward leaves for backward: sizes follow from T K, never from the routing at hand."""
+    config, _ = read_spec(spec, 0)
+    return saved_tensors(config.intermediate_size, slots, rank) if saves and not config.recompute else ()
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Where the system has no memory left, torch's allocator says RuntimeError and everything else MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def forward(
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    spec: str,
+    scale: float,
+    saves: bool,
+) -> list[Tensor]:
+    """Run forward: x [T, H], topk_ids and weights [T, K] -> out [T, H] and what backward wants.
+
+    Unless the layer recomputes these are gate and up before the activation in bfloat16 and the three low-rank products
+    in float32: 4 I + 12 r bytes a slot.
+    """
+    config, isa = read_spec(spec, rank_of(lora))
+    with _memory_errors():
+        call = calls.new_call(config, isa, topk_ids, lora, scale)
+        out = empty(x.shape, x.dtype)
+        wanted = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
+        saved = [empty(s.shape, getattr(torch, s.dtype)) for s in wanted]
+        if call.rows < topk_ids.numel():  # what skipped slots leave at the end is an output too
+            for tensor in saved:
+                tensor.view(-1)[tensor.numel() // topk_ids.numel() * call.rows :].zero_()
+        operand = _operand(x)
+        fields = _inputs(operand, base, lora) | _result(out) | _saved(config, saved)
+        calls.run("forward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
+    return [out, *saved]
+
+
+def backward(
+    out_grad: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    scale: float,
+    wants: list[bool],
+) -> list[Tensor]:
+    """Run backward: the gradients of x, of the routing weights and of LoRA, each where ``wants`` says so, else empty.
+
+    ``wants`` has three entries: of x, of the routing weights, of all LoRA tensors.
+    """
+    config, isa = read_spec(spec, rank_of(lora))
+    wants_x, wants_weights, wants_lora = wants
+    with _memory_errors():
+        call = calls.new_call(config, isa, topk_ids, lora, scale)
+        operand, out_operand = _operand(x), _operand(out_grad)
+        x_grad = empty(x.shape, x.dtype) if wants_x else None
+        weights_grad = supplies().zeros(weights.shape, torch.float32)
+        lora_grads = _lora_gradients(call, lora) if wants_lora else []
+        saved = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may hand back other strides
+        fields = (
+            _inputs(operand, base, lora)
+            | ({} if x_grad is None else _result(x_grad))
+            | _saved(config, saved)
+            | {"out_grad": out_operand.data_ptr(), "weights_grad": weights_grad.data_ptr()}
+        )
+        for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
+            fields |= _view(_field(name) + "_grad", grad)
+        calls.run("backward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
+        nothing = x.new_empty(0)
+        return [
+            nothing if x_grad is None else x_grad,
+            weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
+            *(grad.to(tensor.dtype) for grad, tensor in zip(lora_grads, lora, strict=False)),
+        ]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < supplies().block_bytes:
+        return supplies().empty(shape, dtype)
+    memory = torch.from_numpy(supplies().blocks.take(nbytes))
+    # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
+    return memory.view(dtype).view(*shape).detach()
+
+
+def _operand(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16).contiguous().resolve_neg()
+
+
+def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
+    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
+    if 2 * call.route.active.size < call.num_experts:
+        # Fresh pages are zero, and most of them will not be touched.
+        return [_in_layout_of(p, supplies().zeros((p.numel(),), torch.float32)) for p in lora]
+    grads = [_in_layout_of(p, empty((p.numel(),), torch.float32)) for p in lora]
+    for begin, end in call.route.absent(call.num_experts):
+        for grad in grads:
+            grad[begin:end].zero_()
+    return grads
+
+
+def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
+    """``memory`` with the shape of ``tensor`` and, where that fills its memory, its strides; else contiguous."""
+    if tensor.is_contiguous():
+        return memory.view(tensor.shape)
+    like = torch.empty_like(tensor, device="meta", dtype=torch.float32)
+    return memory.as_strided(like.shape, like.stride()).detach()
+
+
+def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:
+    fields = {"x": operand.data_ptr()}
+    names = [f"{name}.{field}" for field in ("weights", "bias") for name in NAMES]
+    fields |= {name: tensor.data_ptr() for name, tensor in zip(names, base, strict=False)}
+    for name, tensor in zip(LORA_NAMES, lora, strict=False):
+        fields |= _view(_field(name), tensor)
+    return fields
+
+
+def _field(lora_name: str) -> str:
+    """``gate.a`` for ``gate_lora_a``."""
+    return lora_name.replace("_lora_", ".")
+
+
+def _view(field: str, tensor: Tensor) -> Fields:
+    """A tensor [E, rows, columns] where it lies."""
+    expert, row, column = tensor.stride()
+    return {field: tensor.data_ptr(), f"{field}.expert": expert, f"{field}.row": row, f"{field}.column": column}
+
+
+def _result(tensor: Tensor) -> Fields:
+    return {"result_float" if tensor.dtype == torch.float32 else "result": tensor.data_ptr()}
+
+
+def _saved(config: MoEConfig, saved: Sequence[Tensor]) -> Fields:
+    names = (s.name for s in saved_tensors(config.intermediate_size, 0, config.lora_rank))
+    return {name: tensor.data_ptr() for name, tensor in zip(names, saved, strict=False)}
