@@ -417,9 +417,9 @@ MUTANTS = (
     ),
     Mutant(
         "broken_seal",
-        "jitmoe/experts/layer.py",
-        "self._seal.check(name, tensor)",
-        "self._seal.close(name, tensor)",
+        "jitmoe/experts/functional.py",
+        "self.seal.check(name, tensor)",
+        "self.seal.close(name, tensor)",
         ("test_pack.py::TestSeal",),
         "A write to the packed weights is taken for right.",
     ),

@@ -174,6 +174,13 @@ class TestSeal:
         with pytest.raises(WeightsChangedError, match=r"packed up weights.*load_state_dict"):
             layer(inputs.x, inputs.topk_ids, inputs.weights)
 
+    def test_changed_weights_are_not_saved(self, tmp_path: Path) -> None:
+        layer = layer_of(make_inputs(case_named("small")), ISA)
+        layer.packed_gate.zero_()
+        with pytest.raises(WeightsChangedError, match="packed gate weights"):
+            layer.save_packed(tmp_path / "weights.jitmoe")
+        assert not list(tmp_path.iterdir())
+
     def test_load_state_dict_closes_it_again(self) -> None:
         inputs = make_inputs(case_named("small"))
         layer = layer_of(inputs, ISA)

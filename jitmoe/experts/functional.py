@@ -39,6 +39,15 @@ class Base:
     biases: Mapping[str, Tensor]
     seal: Seal
 
+    def check_seal(self) -> None:
+        """Look that nobody wrote to the packed weights.
+
+        Raises:
+            WeightsChangedError: somebody did; names the projection.
+        """
+        for name, tensor in self.packed.items():
+            self.seal.check(name, tensor)
+
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
@@ -157,8 +166,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapte
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
     _check_budget(base, x, lora, saves)
     if not torch.compiler.is_compiling():  # a graph holds its weights, and looks at no counter of writes
-        for name, tensor in base.packed.items():
-            base.seal.check(name, tensor)
+        base.check_seal()
     rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
     frozen = [*base.packed.values(), *base.biases.values()]
     scale = adapters.scale if adapters is not None else 0.0

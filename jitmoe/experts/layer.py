@@ -118,8 +118,9 @@ class MoELayer(nn.Module):
             PackedFileError: ``path`` cannot be written; what was there is unchanged.
             WeightsChangedError: the packed weights were written to.
         """
-        packed = self._sealed()
-        write_packed(Path(path), self.config, {name: tensor.numpy() for name, tensor in packed.items()})
+        base = self._base()
+        base.check_seal()
+        write_packed(Path(path), self.config, {name: tensor.numpy() for name, tensor in base.packed.items()})
 
     def reset_lora_parameters(self) -> None:
         """A uniform as in PEFT (Kaiming with a = sqrt 5: bound 1 / sqrt(in)), B zero: the layer equals its base."""
@@ -202,13 +203,6 @@ class MoELayer(nn.Module):
             return None
         gate_a, gate_b, up_a, up_b, down_a, down_b = (getattr(self, name) for name in LORA_NAMES)
         return Adapters(gate_a, gate_b, up_a, up_b, down_a, down_b, self.config.lora_scale)
-
-    def _sealed(self) -> dict[str, torch.Tensor]:
-        """The packed weights, after looking that nobody wrote to them."""
-        packed = self._packed()
-        for name, tensor in packed.items():
-            self._seal.check(name, tensor)
-        return packed
 
     def _packed(self) -> dict[str, torch.Tensor]:
         packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in NAMES}
