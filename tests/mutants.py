@@ -187,13 +187,12 @@ MUTANTS = (
         "A step that writes low-rank products says that it reads them.",
     ),
     Mutant(
-        "extents_of_down_swapped",
+        "outputs_of_down_too_few",
         "templates/projection.hpp",
-        "static constexpr int64_t kOut = kDown ? S.hidden : S.intermediate;\n"
-        "  static constexpr int64_t kIn = kDown ? S.intermediate : S.hidden;",
-        "static constexpr int64_t kOut = S.intermediate;\n  static constexpr int64_t kIn = S.hidden;",
+        "static constexpr int64_t kOut = kDown ? S.hidden : S.intermediate;",
+        "static constexpr int64_t kOut = S.intermediate;",
         ("test_ancestor.py::test_gradient_of_x_without_the_base_where_lora_flows",),
-        "Down is taken for a projection from H to I.",
+        "Down is taken for a projection from I to I.",
     ),
     Mutant(
         "down_rounded",
