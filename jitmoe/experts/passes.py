@@ -120,9 +120,8 @@ def backward(
         for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
             fields |= _view(_field(name) + "_grad", grad)
         calls.run("backward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
-        nothing = x.new_empty(0)
         return [
-            nothing if x_grad is None else x_grad,
+            x.new_empty(0) if x_grad is None else x_grad,
             weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
             *(grad.to(tensor.dtype) for grad, tensor in zip(lora_grads, lora, strict=False)),
         ]
