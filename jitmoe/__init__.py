@@ -29,7 +29,7 @@ from jitmoe.memory.plan import MemoryPlan
 from jitmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from jitmoe.experts.functional import Adapters, moe_experts, pack_base
+    from jitmoe.experts.functional import Adapters, FusedAdapters, moe_experts, pack_base
     from jitmoe.experts.layer import MoELayer
     from jitmoe.experts.pack import safetensors_source
     from jitmoe.inspect.tracing import trace
@@ -42,6 +42,7 @@ __all__ = [
     "CacheSecurityError",
     "CaptureError",
     "ConfigError",
+    "FusedAdapters",
     "InputError",
     "InputTypeError",
     "IsaError",
@@ -65,6 +66,7 @@ __all__ = [
 
 _LAZY = {
     "Adapters": "jitmoe.experts.functional",
+    "FusedAdapters": "jitmoe.experts.functional",
     "MoELayer": "jitmoe.experts.layer",
     "moe_experts": "jitmoe.experts.functional",
     "pack_base": "jitmoe.experts.functional",

@@ -1,5 +1,6 @@
 """moe_experts: base weights packed once, adapters as views of somebody else's tensors, gradients in their layout."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -111,3 +112,40 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     base.packed["up"].add_(1)
     with pytest.raises(WeightsChangedError, match="packed up weights were written to"):
         jitmoe.moe_experts(*call, base)
+
+
+def interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """[E, 2, I, r] as gpt-oss has it: rows of gate and up take turns, and the expert is the fastest axis."""
+    experts, out, rank = gate.shape
+    rows = torch.stack([gate, up], 2).reshape(experts, 2 * out, rank).permute(1, 2, 0).contiguous()
+    return rows.permute(2, 0, 1).unflatten(1, (out, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layout", [lambda gate, up: torch.stack([gate, up], 1), interleaved], ids=["stacked", "turns"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_adapters_are_two_that_share_an_a(case: Case, layout: Callable[[Tensor, Tensor], Tensor]) -> None:
+    inputs = make_inputs(case)
+    gate_a, gate_b, _, up_b, down_a, down_b = inputs.lora
+    parts = [t.clone().requires_grad_() for t in (gate_a, gate_b, gate_a, up_b, down_a, down_b)]
+    fused = [t.detach().requires_grad_() for t in (gate_a, layout(gate_b, up_b), down_a, down_b)]
+    base = base_of(inputs)
+    call = (inputs.x, inputs.topk_ids, inputs.weights, base)
+    expected = jitmoe.moe_experts(*call, jitmoe.Adapters(*parts, scale=inputs.scale))
+    found = jitmoe.moe_experts(*call, jitmoe.FusedAdapters(*fused, scale=inputs.scale))
+    assert same_bits(expected, found)
+    expected.backward(inputs.dout)
+    found.backward(inputs.dout)
+    assert fused[1].grad.stride() == fused[1].stride()
+    of_b = torch.stack([parts[1].grad, parts[3].grad], 1)
+    assert same_bits(of_b, fused[1].grad.contiguous())
+    assert same_bits(parts[4].grad, fused[2].grad) and same_bits(parts[5].grad, fused[3].grad)
+    if case.lora_dtype == torch.float32:  # in bfloat16 the fused sum is rounded once, that of two leaves twice
+        assert same_bits(parts[0].grad + parts[2].grad, fused[0].grad)
+
+
+def test_fused_adapters_of_a_wrong_shape_are_refused_by_name() -> None:
+    inputs = make_inputs(CASES[0])
+    gate_a, gate_b, _, up_b, down_a, down_b = inputs.lora
+    fused = jitmoe.FusedAdapters(gate_a, torch.cat([gate_b, up_b], 1), down_a, down_b, 1.0)
+    with pytest.raises(InputError, match=r"gate_up_lora_b must be .* shape"):
+        jitmoe.moe_experts(inputs.x, inputs.topk_ids, inputs.weights, base_of(inputs), fused)

@@ -15,7 +15,7 @@ from jitmoe.experts.passes import spec_of
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
-from jitmoe.plan.projections import LORA_NAMES, Projection, lora_shapes, projections
+from jitmoe.plan.projections import Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
 
@@ -79,6 +79,29 @@ class Adapters:
         return [self.gate_a, self.gate_b, self.up_a, self.up_b, self.down_a, self.down_b]
 
 
+@dataclass(frozen=True, eq=False)
+class FusedAdapters:
+    """LoRA of gate and up together and of down, as for a fused ``gate_up_proj``: any strides, as in :class:`Adapters`.
+
+    Attributes:
+        gate_up_a: [E, r, H], the A of both.
+        gate_up_b: [E, 2, I, r], B of gate and of up: a view, also where rows of the two take turns.
+        down_a: [E, r, I].
+        down_b: [E, H, r].
+        scale: s, the factor of B A.
+    """
+
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    scale: float
+
+    def tensors(self) -> list[Tensor]:
+        """The four, in the order of the operators."""
+        return [self.gate_up_a, self.gate_up_b, self.down_a, self.down_b]
+
+
 def pack_base(
     config: MoEConfig,
     gate_proj: ExpertSource | PackedExperts,
@@ -131,7 +154,9 @@ def pack_base(
     return Base(config, isa, spec_of(config, isa), packed, biases, seal)
 
 
-def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapters: Adapters | None = None) -> Tensor:
+def moe_experts(
+    x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapters: Adapters | FusedAdapters | None = None
+) -> Tensor:
     """Apply the experts: the sum over a token's slots of weight * down(activation(gate(x), up(x))).
 
     Each projection is v W^T + b + s (v A^T) B^T (LoRA, Hu et al. 2021). Gradients of adapters have the strides and the
@@ -174,12 +199,11 @@ def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapte
     return out.reshape(x.shape)
 
 
-def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:
-    """The six tensors: dense, of one dtype and of the shapes of one rank."""
+def _checked(config: MoEConfig, adapters: Adapters | FusedAdapters) -> list[Tensor]:
+    """The tensors: dense, of one dtype and of the shapes of one rank."""
     lora = adapters.tensors()
     rank = lora[0].shape[1] if lora[0].dim() == 3 else 0
-    shapes = lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, max(rank, 1))
-    for name, shape, tensor in zip(LORA_NAMES, shapes.values(), lora, strict=True):
+    for (name, shape), tensor in zip(_shapes(config, adapters, max(rank, 1)).items(), lora, strict=True):
         if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
             raise InputTypeError(
                 f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
@@ -189,6 +213,15 @@ def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:
                 f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
             )
     return [tensor.resolve_neg() for tensor in lora]
+
+
+def _shapes(config: MoEConfig, adapters: Adapters | FusedAdapters, rank: int) -> dict[str, tuple[int, ...]]:
+    experts, hidden, intermediate = config.num_experts, config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {**lora_shapes(hidden, intermediate, experts, rank)}
+    if isinstance(adapters, Adapters):
+        return shapes
+    fused = {"gate_up_lora_a": (experts, rank, hidden), "gate_up_lora_b": (experts, 2, intermediate, rank)}
+    return fused | {name: shape for name, shape in shapes.items() if name.startswith("down")}
 
 
 def _check_budget(base: Base, x: Tensor, lora: list[Tensor], trains: bool) -> None:

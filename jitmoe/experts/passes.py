@@ -17,6 +17,9 @@ from jitmoe.experts.supplies import supplies
 from jitmoe.plan.projections import LORA_NAMES, NAMES
 from jitmoe.plan.scratch import Saved, saved_tensors
 
+FUSED = 4
+"""Tensors of adapters in which gate and up are one: their A, their B, and those of down."""
+
 Fields = dict[str, int]
 """Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
 
@@ -37,6 +40,14 @@ def read_spec(spec: str, rank: int) -> tuple[MoEConfig, str]:
 def rank_of(lora: Sequence[Tensor]) -> int:
     """r of the adapters; 0 where there are none."""
     return lora[0].shape[1] if lora else 0
+
+
+def six_of(lora: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A and B of gate, up and down. Four tensors share one A between gate and up, and B [E, 2, I, r] holds both."""
+    if len(lora) != FUSED:
+        return lora
+    a, b, down_a, down_b = lora
+    return [a, b[:, 0], a, b[:, 1], down_a, down_b]
 
 
 def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]:
@@ -109,7 +120,7 @@ def backward(
         operand, out_operand = _operand(x), _operand(out_grad)
         x_grad = empty(x.shape, x.dtype) if wants_x else None
         weights_grad = supplies().zeros(weights.shape, torch.float32)
-        lora_grads = _lora_gradients(call, lora) if wants_lora else []
+        lora_grads, owners_grads = _lora_gradients(call, lora) if wants_lora else ([], [])
         saved = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may hand back other strides
         fields = (
             _inputs(operand, base, lora)
@@ -123,7 +134,7 @@ def backward(
         return [
             x.new_empty(0) if x_grad is None else x_grad,
             weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
-            *(grad.to(tensor.dtype) for grad, tensor in zip(lora_grads, lora, strict=False)),
+            *(_rounded(parts, tensor.dtype) for parts, tensor in zip(owners_grads, lora, strict=False)),
         ]
 
 
@@ -141,8 +152,19 @@ def _operand(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16).contiguous().resolve_neg()
 
 
-def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
-    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others."""
+def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[list[Tensor]]]:
+    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others.
+
+    First the six that the kernel writes, then for each tensor of ``lora`` the parts that add up to its gradient.
+    """
+    if len(lora) == FUSED:  # gate and up write to different memory, or two threads would add to one A
+        gate_a, up_a, b, *down = _zeroed(call, [lora[0], *lora])
+        return [gate_a, b[:, 0], up_a, b[:, 1], *down], [[gate_a, up_a], [b], *([grad] for grad in down)]
+    grads = _zeroed(call, lora)
+    return grads, [[grad] for grad in grads]
+
+
+def _zeroed(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
     if 2 * call.route.active.size < call.num_experts:
         # Fresh pages are zero, and most of them will not be touched.
         return [_in_layout_of(p, supplies().zeros((p.numel(),), torch.float32)) for p in lora]
@@ -151,6 +173,14 @@ def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
         for grad in grads:
             grad[begin:end].zero_()
     return grads
+
+
+def _rounded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of one or two gradients, rounded once."""
+    total, *rest = parts
+    for part in rest:
+        total.add_(part)
+    return total.to(dtype)
 
 
 def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
@@ -165,7 +195,7 @@ def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> 
     fields = {"x": operand.data_ptr()}
     names = [f"{name}.{field}" for field in ("weights", "bias") for name in NAMES]
     fields |= {name: tensor.data_ptr() for name, tensor in zip(names, base, strict=False)}
-    for name, tensor in zip(LORA_NAMES, lora, strict=False):
+    for name, tensor in zip(LORA_NAMES, six_of(lora), strict=False):
         fields |= _view(_field(name), tensor)
     return fields
 
