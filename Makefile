@@ -57,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments." \
 	  "Install them (Debian/Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,examples]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,examples,hf]'
 	@touch $@
 
 compiler:

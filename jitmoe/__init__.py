@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import (
+    AdapterError,
     BenchError,
     BudgetError,
     BuildError,
     CacheSecurityError,
     CaptureError,
     ConfigError,
+    FrozenWeightsError,
     InputError,
     InputTypeError,
     IsaError,
@@ -20,6 +22,7 @@ from jitmoe.errors import (
     PlanError,
     SettingError,
     TraceError,
+    UnsupportedExpertsError,
     WeightsChangedError,
 )
 from jitmoe.experts import observer
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from jitmoe.inspect.tracing import trace
 
 __all__ = [
+    "AdapterError",
     "Adapters",
     "BenchError",
     "BudgetError",
@@ -42,6 +46,7 @@ __all__ = [
     "CacheSecurityError",
     "CaptureError",
     "ConfigError",
+    "FrozenWeightsError",
     "FusedAdapters",
     "InputError",
     "InputTypeError",
@@ -55,6 +60,7 @@ __all__ = [
     "PlanError",
     "SettingError",
     "TraceError",
+    "UnsupportedExpertsError",
     "WeightsChangedError",
     "build",
     "moe_experts",
@@ -87,10 +93,12 @@ observer.hand_over(_Watchers())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":
+        return import_module("jitmoe.hf")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'jitmoe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "hf"])

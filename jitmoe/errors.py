@@ -29,6 +29,18 @@ class WeightsChangedError(JitmoeError, RuntimeError):
     """The frozen, packed base weights were written to after the layer was built."""
 
 
+class UnsupportedExpertsError(JitmoeError, NotImplementedError):
+    """An experts module of a model computes something that jitmoe has no kernel for, or does not know."""
+
+
+class FrozenWeightsError(JitmoeError, RuntimeError):
+    """Base weights have requires_grad=True, and a backward pass would have left them without a gradient."""
+
+
+class AdapterError(JitmoeError, ValueError):
+    """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or of an unknown layout."""
+
+
 class PackedFileError(JitmoeError, OSError):
     """A file of packed weights is missing, damaged, of another layout or of another layer, or cannot be written."""
 

@@ -1,0 +1,190 @@
+"""An experts module of transformers on our kernels: packed at its first call, called with whatever PEFT has active."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jitmoe.errors import FrozenWeightsError, UnsupportedExpertsError
+from jitmoe.experts.functional import Base, moe_experts, pack_base
+from jitmoe.experts.pack import PackedExperts
+from jitmoe.experts.passes import spec_of
+from jitmoe.hf import peft_lora
+from jitmoe.hf.layout import PARTS, WeightName
+from jitmoe.hf.packed import Packed
+from jitmoe.hf.understand import BIASES, Understood, class_name, refused, understand
+from jitmoe.hf.weight import PackedWeight
+
+PREPARED = "_jitmoe"
+"""Attribute of an experts module that holds its :class:`Prepared`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What calls of one module share.
+
+    Attributes:
+        understood: what the module computes.
+        base: for the functional core, over the memory of the module's packed weights.
+        seen: the memory, its writes and the biases that ``base`` was made from.
+    """
+
+    understood: Understood
+    base: Base
+    seen: tuple[Any, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module prepares itself: its weights lie elsewhere."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Nor does a file hold this."""
+        return type(None), ()
+
+
+def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Apply the experts, as transformers calls an implementation of them.
+
+    Args:
+        module: the experts module.
+        hidden_states: [T, H] bfloat16 or float32.
+        top_k_index: [T, K] int64; an id beyond the experts is skipped (expert parallelism).
+        top_k_weights: [T, K] float32 or bfloat16.
+
+    Returns:
+        [T, H] in the dtype of ``hidden_states``.
+
+    Raises:
+        UnsupportedExpertsError: jitmoe has no kernel for this module.
+        FrozenWeightsError: in backward, where the base weights should be trained.
+    """
+    prepared = prepare(module)
+    base = _for_call(prepared.base, top_k_index.shape[-1])
+    adapters = peft_lora.adapters_of(module, prepared.understood.layout)
+    out = moe_experts(hidden_states, top_k_index, top_k_weights, base, adapters)
+    trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+    if trained and torch.is_grad_enabled():
+        out = _Frozen.apply(out, class_name(module), *trained)  # type: ignore[no-untyped-call]
+    return out
+
+
+def run_or_leave(module: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """:func:`run`, or the module's own forward where it is not understood; says so once for each class."""
+    try:
+        prepare(module)
+    except UnsupportedExpertsError as error:
+        _say_once(str(error))
+        own: Tensor = type(module).forward.__wrapped__(module, *args, **kwargs)
+        return own
+    return run(module, *args, **kwargs)
+
+
+def prepare(module: Any) -> Prepared:
+    """Pack the weights of a module, unless that is done, in the place of its parameters.
+
+    Raises:
+        UnsupportedExpertsError: jitmoe has no kernel for this module; it is unchanged.
+    """
+    prepared: Prepared | None = module.__dict__.get(PREPARED)
+    if prepared is not None and _seen(module) == prepared.seen:
+        return prepared
+    understood = understand(module)
+    _check_weights(module)
+    for name in PARTS:
+        pack_parameter(module, name, understood)
+    packed: list[Packed] = [module._parameters[name].packed for name in PARTS]
+    tensors = {part: tensor for memory in packed for part, tensor in memory.tensors.items()}
+    biases = _biases(module, understood)
+    base = pack_base(understood.config(), *(PackedExperts(tensors[part]) for part in ("gate", "up", "down")), **biases)
+    prepared = Prepared(understood, base, _seen(module))
+    module.__dict__[PREPARED] = prepared
+    return prepared
+
+
+def pack_parameter(module: Any, name: WeightName, understood: Understood) -> None:
+    """Put the packed weight in the place of a plain one, whose memory is then free."""
+    plain = module._parameters[name]
+    if isinstance(plain, PackedWeight):
+        return
+    packed = Packed.of(understood.layout, name, partial(_matrix, plain.detach()))
+    module._parameters[name] = nn.Parameter(PackedWeight(packed), plain.requires_grad)
+
+
+def _matrix(weight: Tensor, expert: int) -> Tensor:
+    return weight[expert]
+
+
+def unpack_module(module: Any) -> None:
+    """Put plain weights in the place of packed ones."""
+    for name in PARTS:
+        weight = module._parameters[name]
+        if isinstance(weight, PackedWeight):
+            module._parameters[name] = nn.Parameter(weight.unpack(), weight.requires_grad)
+    module.__dict__.pop(PREPARED, None)
+
+
+def _seen(module: Any) -> tuple[Any, ...]:
+    weights = (module._parameters.get(name) for name in PARTS)
+    memory = [(w.packed, w.packed.writes) if isinstance(w, PackedWeight) else (None, 0) for w in weights]
+    biases = [(id(b), b._version) for name in BIASES if (b := module._parameters.get(name)) is not None]
+    return (*memory, *biases)
+
+
+def _check_weights(module: Any) -> None:
+    for name in PARTS:
+        weight = module._parameters.get(name)
+        if isinstance(weight, PackedWeight):
+            continue
+        if type(weight) is not nn.Parameter:
+            raise refused(module, f"its {name} is a {type(weight).__name__}, expected a plain parameter")
+        if weight.device.type != "cpu":
+            raise refused(module, f"its {name} is on {weight.device}, expected the CPU")
+        if weight.dtype != torch.bfloat16:
+            raise refused(
+                module, f"its {name} is {str(weight.dtype).removeprefix('torch.')}: load with dtype=torch.bfloat16"
+            )
+
+
+def _biases(module: Any, understood: Understood) -> dict[str, Tensor]:
+    if not understood.bias:
+        return {}
+    fused, down = (module._parameters[name].detach().float() for name in BIASES)
+    gate, up = understood.layout.split_vector(fused)
+    return {"gate_bias": gate.contiguous(), "up_bias": up.contiguous(), "down_bias": down.contiguous()}
+
+
+def _for_call(base: Base, top_k: int) -> Base:
+    config = replace(base.config, top_k=top_k)
+    return replace(base, config=config, spec=spec_of(config, base.isa))
+
+
+class _Frozen(torch.autograd.Function):
+    """Passes the result on, and refuses to leave weights that should be trained without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, name: str, *trained: Tensor) -> Tensor:
+        """Nothing to do."""
+        ctx.name = name
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Raise, if one of them wants a gradient."""
+        if any(ctx.needs_input_grad[2:]):
+            raise FrozenWeightsError(
+                f"the weights of {ctx.name} have requires_grad=True, and jitmoe keeps base weights frozen: train LoRA "
+                f"(peft.get_peft_model does it), or call requires_grad_(False) on the experts"
+            )
+        return (grad, None, *(None for _ in ctx.needs_input_grad[2:]))
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    import warnings
+
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(f"{message} (left to transformers, as asked for)", stacklevel=3)
