@@ -41,6 +41,10 @@ class AdapterError(JitmoeError, ValueError):
     """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or of an unknown layout."""
 
 
+class CheckpointError(JitmoeError, ValueError):
+    """A checkpoint lacks tensors, or holds ones that jitmoe cannot read."""
+
+
 class PackedFileError(JitmoeError, OSError):
     """A file of packed weights is missing, damaged, of another layout or of another layer, or cannot be written."""
 
