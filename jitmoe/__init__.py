@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import (
+    AdapterError,
     BenchError,
     BudgetError,
     BuildError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jitmoe.inspect.tracing import trace
 
 __all__ = [
+    "AdapterError",
     "Adapters",
     "BenchError",
     "BudgetError",

@@ -33,6 +33,10 @@ class PackedFileError(JitmoeError, OSError):
     """A file of packed weights is missing, damaged, of another layout or of another layer, or cannot be written."""
 
 
+class AdapterError(JitmoeError, ValueError):
+    """A file of LoRA adapters is damaged, of no known layout, or cannot be said in another one."""
+
+
 class CaptureError(JitmoeError, OSError):
     """A call cannot be captured in a file, or a file holds no call that can be replayed."""
 

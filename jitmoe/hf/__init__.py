@@ -1,0 +1,1 @@
+"""jitmoe in the ecosystem of Hugging Face: transformers, PEFT and the files of adapters."""
