@@ -50,7 +50,7 @@ def rescaled(pair: Pair, scale: float, where: str) -> Pair:
     b = pair.b * factor
     if math.frexp(factor)[0] != 0.5 or not same_bits(b / factor, pair.b):
         raise AdapterError(
-            f"{where}: scale {pair.scale} is not {scale} of its neighbours, this format has one scale for both, and B "
+            f"{where}: scale {pair.scale} differs from {scale}, this format has one scale for all, and B "
             "cannot take the quotient without rounding: choose a format of PEFT, which has a scale for each"
         )
     return Pair(pair.a, b, scale)
