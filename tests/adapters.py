@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from jitmoe.hf.adapters.value import ExpertAdapter, LayerAdapter, Pair, same_bits
@@ -88,9 +89,11 @@ def with_numbers(adapter: ExpertAdapter) -> ExpertAdapter:
 
 def edit_tensors(path: Path, change) -> None:
     """Let ``change`` write to the tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
 
 
 def edit_config(folder: Path, **fields: object) -> None:

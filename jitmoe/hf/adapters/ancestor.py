@@ -15,13 +15,12 @@ import torch
 from jitmoe.errors import AdapterError
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.files import CONFIG, FUSED, MODEL, Content, Tensors, read_config, read_tensors
-from jitmoe.hf.adapters.keys import OF_EXPERTS, check_names, check_rank, module_of
-from jitmoe.hf.adapters.peft_config import Target, check_config, new_config, other_targets
-from jitmoe.hf.adapters.scaling import scale_of, with_one_rank
-from jitmoe.hf.adapters.sglang import refuse_rslora
-from jitmoe.hf.adapters.value import ExpertAdapter, LayerAdapter, Pair
+from jitmoe.hf.adapters.keys import OF_EXPERTS, module_of
+from jitmoe.hf.adapters.peft_config import Target, new_config, other_targets
+from jitmoe.hf.adapters.scaling import with_one_rank
+from jitmoe.hf.adapters.stacked import layer_of, rank_and_plain_scale
+from jitmoe.hf.adapters.value import ExpertAdapter
 
-NAMES = [f"{projection}_lora_{side}" for projection in ("gate", "up", "down") for side in "ab"]
 PREFIX = "base_model.model.model.layers.{layer}.mlp.experts"
 """Where the experts of a layer are in most models, for files that do not say it."""
 
@@ -35,25 +34,15 @@ def read(folder: Path, choices: Choices) -> ExpertAdapter:
     file = read_tensors(folder / FUSED)
     groups = _by_layer(file.tensors)
     config = _config(folder, groups, choices)
-    check_config(config)
-    refuse_rslora(config)
+    rank, scale = rank_and_plain_scale(config)
     others = read_tensors(folder / MODEL).tensors if (folder / MODEL).exists() else {}
     if twice := next(filter(OF_EXPERTS.fullmatch, others), None):
         raise AdapterError(f"{folder / MODEL} has {twice}, and experts are in {FUSED}: which of them counts?")
     prefixes = json.loads(file.metadata.get("prefixes", "{}"))
-    rank = int(config["r"])
-    scale = scale_of(config["lora_alpha"], rank, False)
-    layers = []
-    for layer, tensors in groups.items():
-        check_names(f"layer {layer}", tensors, NAMES)
-        prefix = prefixes.get(layer) or PREFIX.format(layer=layer)
-        pairs = {
-            name: check_rank(
-                f"layer {layer}: {name}", Pair(tensors[f"{name}_lora_a"], tensors[f"{name}_lora_b"], scale), rank
-            )
-            for name in ("gate", "up", "down")
-        }
-        layers.append(LayerAdapter(prefix, **pairs))
+    layers = [
+        layer_of(prefixes.get(layer) or PREFIX.format(layer=layer), tensors, rank, scale, f"layer {layer}")
+        for layer, tensors in groups.items()
+    ]
     return ExpertAdapter(tuple(layers), False, others, config)
 
 

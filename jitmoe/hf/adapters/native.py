@@ -12,10 +12,9 @@ import torch
 from jitmoe.errors import AdapterError
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.files import Content, Tensors, read_tensors
-from jitmoe.hf.adapters.keys import check_names, check_rank
 from jitmoe.hf.adapters.scaling import alpha_of, scale_of, with_one_rank
-from jitmoe.hf.adapters.value import ExpertAdapter, LayerAdapter, Pair
-from jitmoe.plan.projections import LORA_NAMES
+from jitmoe.hf.adapters.stacked import layer_of
+from jitmoe.hf.adapters.value import ExpertAdapter
 
 LAYOUT = "jitmoe-lora-1"
 
@@ -39,16 +38,7 @@ def read(path: Path, choices: Choices) -> ExpertAdapter:
     for key, tensor in file.tensors.items():
         prefix, _, name = key.rpartition(".")
         groups.setdefault(prefix, {})[name] = tensor
-    layers = []
-    for prefix, tensors in groups.items():
-        check_names(prefix or str(path), tensors, LORA_NAMES)
-        pairs = {
-            name: check_rank(
-                f"{prefix}: {name}", Pair(tensors[f"{name}_lora_a"], tensors[f"{name}_lora_b"], scale), rank
-            )
-            for name in ("gate", "up", "down")
-        }
-        layers.append(LayerAdapter(prefix, **pairs))
+    layers = [layer_of(prefix, tensors, rank, scale, prefix or str(path)) for prefix, tensors in groups.items()]
     return ExpertAdapter(tuple(layers), rslora, {}, config)
 
 

@@ -47,7 +47,7 @@ def read(folder: Path, choices: Choices) -> ExpertAdapter:
     groups, others = split(read_tensors(folder / MODEL).tensors, PEFT_FUSED, ("inner", "side"))
     layers, layouts = [], set()
     for prefix, tensors in groups.items():
-        check_names(prefix, tensors, [(part, side) for part in (INNER, OUTER) for side in "AB"])
+        check_names(prefix, map(_name, tensors), [_name((part, side)) for part in (INNER, OUTER) for side in "AB"])
         is_old = _is_old(prefix, tensors)
         layouts.add(is_old)
         gate_up, down = (
@@ -91,6 +91,10 @@ def write(adapter: ExpertAdapter, choices: Choices) -> Mapping[str, Content]:
     config["target_parameters"] = config.get("target_parameters") or sorted({target.short for target in targets})
     config.setdefault("peft_version", NEW_LAYOUT)
     return {CONFIG: config, MODEL: Tensors(tensors)}
+
+
+def _name(part_and_side: tuple[str, str]) -> str:
+    return "{}lora_{}".format(*part_and_side)
 
 
 def _short(layer: LayerAdapter, name: str) -> str:

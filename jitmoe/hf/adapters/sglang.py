@@ -13,10 +13,13 @@ import torch
 from jitmoe.errors import AdapterError
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.files import CONFIG, MODEL, Content, Tensors, read_config, read_tensors
-from jitmoe.hf.adapters.keys import LEAF, SGLANG, check_names, check_rank, module_of, split
-from jitmoe.hf.adapters.peft_config import Target, check_config, is_mixtral, leaves, new_config, other_targets
-from jitmoe.hf.adapters.scaling import scale_of, with_one_rank
-from jitmoe.hf.adapters.value import ExpertAdapter, LayerAdapter, Pair
+from jitmoe.hf.adapters.keys import LEAF, SGLANG, module_of, split
+from jitmoe.hf.adapters.peft_config import Target, is_mixtral, leaves, new_config, other_targets
+from jitmoe.hf.adapters.scaling import with_one_rank
+from jitmoe.hf.adapters.stacked import layer_of, rank_and_plain_scale
+from jitmoe.hf.adapters.value import ExpertAdapter
+
+GATE_UP = "gate_up_proj"
 
 
 def read(folder: Path, choices: Choices) -> ExpertAdapter:
@@ -27,10 +30,9 @@ def read(folder: Path, choices: Choices) -> ExpertAdapter:
     """
     del choices
     config = read_config(folder / CONFIG)
-    check_config(config)
-    refuse_rslora(config)
+    rank, scale = rank_and_plain_scale(config)
     groups, others = split(read_tensors(folder / MODEL).tensors, SGLANG, ("leaf", "side"))
-    layers = tuple(_layer(prefix, tensors, config) for prefix, tensors in groups.items())
+    layers = tuple(layer_of(prefix, _named(prefix, tensors), rank, scale) for prefix, tensors in groups.items())
     return ExpertAdapter(layers, False, others, config)
 
 
@@ -58,50 +60,32 @@ def write(adapter: ExpertAdapter, choices: Choices) -> Mapping[str, Content]:
     return {CONFIG: config, MODEL: Tensors(tensors)}
 
 
-def refuse_rslora(config: Mapping[str, object]) -> None:
-    """Refuse a config that its own program would scale otherwise than it says.
-
-    Raises:
-        AdapterError: it asks for rsLoRA.
-    """
-    if config.get("use_rslora"):
-        raise AdapterError(
-            "adapter_config.json asks for rsLoRA, and programs of this format scale by lora_alpha / r: set use_rslora "
-            "to false, with the lora_alpha that is meant"
-        )
-
-
-def _layer(prefix: str, tensors: Mapping[tuple[str, str], torch.Tensor], config: Mapping[str, float]) -> LayerAdapter:
+def _named(prefix: str, tensors: Mapping[tuple[str, str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` under the names of our layer."""
     if any(tensor.dim() != 3 for tensor in tensors.values()):
         raise AdapterError(f"{prefix}: A and B must have three dimensions in this layout")
-    named = {
-        (LEAF.get(leaf, "gate_up"), side): tensor for (leaf, side), tensor in _without_gate_up(prefix, tensors).items()
-    }
-    check_names(prefix, named, [(projection, side) for projection in ("gate", "up", "down") for side in "AB"])
-    rank = int(config["r"])
-    scale = scale_of(config["lora_alpha"], rank, False)
-    return LayerAdapter(
-        prefix,
-        **{
-            projection: check_rank(
-                f"{prefix}: {projection}", Pair(named[projection, "A"], named[projection, "B"], scale), rank
-            )
-            for projection in ("gate", "up", "down")
-        },
-    )
+    named: dict[str, torch.Tensor] = {}
+    for (leaf, side), tensor in [*tensors.items(), *_cut(prefix, tensors).items()]:
+        if leaf != GATE_UP:
+            name = f"{LEAF[leaf]}_lora_{side.lower()}"
+            if name in named:
+                raise AdapterError(f"{prefix} has {side} of {LEAF[leaf]} twice: which of them counts?")
+            named[name] = tensor
+    return named
 
 
-def _without_gate_up(
-    prefix: str, tensors: Mapping[tuple[str, str], torch.Tensor]
-) -> dict[tuple[str, str], torch.Tensor]:
-    """``tensors`` with gate_up_proj, if there, cut into gate_proj and up_proj."""
-    cut = dict(tensors)
-    a, b = cut.pop(("gate_up_proj", "A"), None), cut.pop(("gate_up_proj", "B"), None)
+def _cut(prefix: str, tensors: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+    """gate_up_proj, if there, as gate_proj and up_proj."""
+    a, b = tensors.get((GATE_UP, "A")), tensors.get((GATE_UP, "B"))
     if a is None and b is None:
-        return cut
+        return {}
     if a is None or b is None or b.shape[1] % 2 or a.shape[1] not in (b.shape[2], 2 * b.shape[2]):
-        raise AdapterError(f"{prefix}: gate_up_proj lacks A or B, or their shapes do not go together")
+        raise AdapterError(f"{prefix}: {GATE_UP} lacks A or B, or their shapes do not go together")
     a_gate, a_up = (a, a) if a.shape[1] == b.shape[2] else a.chunk(2, dim=1)
     b_gate, b_up = b.chunk(2, dim=1)
-    parts = {"gate_proj": (a_gate, b_gate), "up_proj": (a_up, b_up)}
-    return cut | {(leaf, side): pair["AB".index(side)] for leaf, pair in parts.items() for side in "AB"}
+    return {
+        ("gate_proj", "A"): a_gate,
+        ("gate_proj", "B"): b_gate,
+        ("up_proj", "A"): a_up,
+        ("up_proj", "B"): b_up,
+    }
