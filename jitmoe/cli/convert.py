@@ -17,7 +17,7 @@ def convert(
         bool | None,
         typer.Option("--interleaved/--concatenated", help="rows of gate and up in gate_up_proj; gpt-oss's alternate"),
     ] = None,
-    lora_alpha: Annotated[float | None, typer.Option(metavar="A", help="for SRC without adapter_config.json")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(metavar="A", help="for SRC without a config")] = None,
     drop_others: Annotated[
         bool, typer.Option("--drop-others", help="leave out LoRA outside the experts that DST has no place for")
     ] = False,
