@@ -126,6 +126,16 @@ class TestDamaged:
         with pytest.raises(AdapterError, match=message):
             read_adapter(path)
 
+    @pytest.mark.parametrize(
+        "fields", [{"rank_pattern": {"down_proj": 0}}, {"alpha_pattern": {"down_proj": "16"}}], ids=str
+    )
+    @pytest.mark.parametrize("layout", ["peft-fused", "peft-per-expert"])
+    def test_the_patterns(self, source, layout, fields):
+        path = source(layout)
+        edit_config(path, **fields)
+        with pytest.raises(AdapterError, match=r"gives model\.layers\.0\.mlp\.experts.*down_proj rank"):
+            read_adapter(path)
+
     @pytest.mark.parametrize("layout", ["sglang", "ancestor"])
     def test_rslora_where_nobody_computes_it(self, source, layout):
         path = source(layout)

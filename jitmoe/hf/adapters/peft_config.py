@@ -45,17 +45,27 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"init_lora_weights={initialisation!r} changes the base weights: convert the adapter to plain LoRA first, "
             "with path_initial_model_for_weight_conversion of PEFT"
         )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or (name == "r" and config[name] < 1):
-            raise AdapterError(f"adapter_config.json has {name} {config.get(name)!r}, expected a positive number")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"adapter_config.json has r {rank!r}, expected a positive int")
+    if not isinstance(alpha, int | float):
+        raise AdapterError(f"adapter_config.json has lora_alpha {alpha!r}, expected a number")
 
 
 def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Rank and scale that PEFT gives the module or parameter ``name``, as its ``get_pattern_key`` finds them."""
+    """Rank and scale that PEFT gives the module or parameter ``name``, as its ``get_pattern_key`` finds them.
+
+    Raises:
+        AdapterError: they are no numbers that make LoRA.
+    """
     module = module_of(name)
     rank = _matching(config.get("rank_pattern") or {}, module, config["r"])
     alpha = _matching(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return int(rank), scale_of(alpha, int(rank), bool(config.get("use_rslora")))
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise AdapterError(
+            f"adapter_config.json gives {module or 'r and lora_alpha'} rank {rank!r} and alpha {alpha!r}"
+        )
+    return rank, scale_of(alpha, rank, bool(config.get("use_rslora")))
 
 
 def new_config(
