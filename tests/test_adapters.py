@@ -9,14 +9,13 @@ import torch
 from adapters import SIZES, adapter_of, assert_same, assert_same_deltas, edit_tensors, with_numbers
 from safetensors.torch import load_file
 
-from jitmoe import AdapterError
+from jitmoe import AdapterError, MoEConfig, MoELayer
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.convert import convert, read_adapter
 from jitmoe.hf.adapters.files import CONFIG, MODEL, read_config, write
 from jitmoe.hf.adapters.formats import FORMATS, detect
 from jitmoe.hf.adapters.scaling import alpha_of, rescaled, scale_of, with_shared_a
 from jitmoe.hf.adapters.value import LayerAdapter, Pair, same_bits
-from jitmoe.plan.projections import lora_shapes
 
 OTHERS = {
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 24),
@@ -130,12 +129,19 @@ class TestRoundTrips:
         convert(source, tmp_path / "there", "ancestor")
         assert_same(read_adapter(tmp_path / "there"), replace(adapter_of(), layers=layers))
 
-    def test_our_file_has_the_names_of_the_layer(self, save):
-        source = save(adapter_of(), "jitmoe")
+    def test_our_file_loads_into_the_layer(self, save):
         experts, rank, hidden, intermediate = SIZES["unequal"]
-        prefix = adapter_of().layers[0].prefix
-        found = {name.removeprefix(f"{prefix}."): tuple(tensor.shape) for name, tensor in load_file(source).items()}
-        assert found.items() >= lora_shapes(hidden, intermediate, experts, rank).items()
+        adapter = adapter_of(shared=False)
+        file = load_file(save(adapter, "jitmoe"))
+        config = MoEConfig(experts, hidden, intermediate, top_k=1, lora_rank=rank, lora_alpha=6.0, isa="ref")
+        gate, up = torch.zeros(2, experts, intermediate, hidden).bfloat16()
+        layer = MoELayer(config, gate, up, torch.zeros(experts, hidden, intermediate).bfloat16())
+        prefix = f"{adapter.layers[0].prefix}."
+        mine = {name.removeprefix(prefix): tensor for name, tensor in file.items() if name.startswith(prefix)}
+        assert layer.load_state_dict(mine, strict=False).unexpected_keys == []
+        for name, pair in adapter.layers[0].pairs():
+            assert same_bits(getattr(layer, f"{name}_lora_a").data, pair.a)
+            assert same_bits(getattr(layer, f"{name}_lora_b").data, pair.b)
 
     @pytest.mark.parametrize("repeated", [False, True])
     def test_sglang_with_gate_and_up_together(self, save, repeated):

@@ -191,13 +191,16 @@ class TestDamaged:
 
 
 class TestNoPlace:
-    def test_other_modules_in_our_file(self, source, tmp_path, capsys):
-        path = source("peft-fused", replace(adapter_of(), others=OTHERS, config={"r": 3, "lora_alpha": 6}))
+    def test_other_modules_in_our_file(self, source, tmp_path):
+        config = {"r": 3, "lora_alpha": 6, "modules_to_save": ["lm_head"]}
+        path = source("peft-fused", replace(adapter_of(), others=OTHERS, config=config))
         with pytest.raises(AdapterError, match=r"2 tensors outside the experts, such as .*q_proj.* --drop-others"):
             convert(path, tmp_path / "there", "jitmoe")
         done = convert(path, tmp_path / "there", "jitmoe", drop_others=True)
         assert "DROPPED: 2 tensors" in done.notes[0]
-        assert_same(read_adapter(tmp_path / "there"), replace(done.adapter, others={}))
+        found = read_adapter(tmp_path / "there")
+        assert_same(found, replace(done.adapter, others={}))
+        assert found.config["modules_to_save"] is None
 
     def test_other_modules_with_another_scale(self, source, tmp_path):
         adapter = replace(adapter_of(), others=OTHERS, config={"r": 3, "lora_alpha": 12})

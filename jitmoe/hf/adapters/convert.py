@@ -76,6 +76,8 @@ def convert(
         if not drop_others:
             raise AdapterError(f"{target} has no place for {names}: leave them out with --drop-others")
         notes.append(f"DROPPED: {names}")
-        kept = replace(adapter, others={})
+        # A config that names what is gone would let PEFT wait for it.
+        gone = dict.fromkeys(("modules_to_save", "trainable_token_indices"))
+        kept = replace(adapter, others={}, config={**adapter.config, **gone} if adapter.config else {})
     write(destination, FORMATS[target].write(kept, choices), force)
     return Conversion(origin, target, adapter, tuple(notes))
