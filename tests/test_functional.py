@@ -12,6 +12,7 @@ from yardstick import Case, Inputs, make_inputs, results_of_layer
 import jitmoe
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
 from jitmoe.experts.functional import Base
+from jitmoe.experts.lora import FEW
 
 ISA = usable_isas()[0]
 CASES = tuple(map(case_named, ("small", "ragged_65", "bfloat16_lora", "idle_experts")))
@@ -86,8 +87,10 @@ def test_the_tensors_of_a_fused_adapter(isa: str, case: Case) -> None:
     assert same_bits(gate_b, expected["gate_lora_b"]) and same_bits(up_b, expected["up_lora_b"])
     assert same_bits(as_experts(down_b.grad, experts), expected["down_lora_b"])
     assert torch.equal(a.grad, expected["gate_lora_a"] + expected["up_lora_a"])
+    many = FEW * inputs.topk_ids.unique().numel() >= experts
     for launch in seen:
-        assert launch.record["gate.b"] == b.data_ptr() and launch.record["down.b"] == down_b.data_ptr(), "not copied"
+        assert launch.record["down.b"] == down_b.data_ptr(), "not copied"
+        assert (launch.record["gate.b"] == b.data_ptr()) != many, "turned where many experts read it"
     assert seen[1].record["down.b_grad.expert"] == 1, "written where its owner keeps it"
 
 
@@ -149,3 +152,24 @@ def test_fused_adapters_of_a_wrong_shape_are_refused_by_name() -> None:
     fused = jitmoe.FusedAdapters(gate_a, torch.cat([gate_b, up_b], 1), down_a, down_b, 1.0)
     with pytest.raises(InputError, match=r"gate_up_lora_b must be .* shape"):
         jitmoe.moe_experts(inputs.x, inputs.topk_ids, inputs.weights, base_of(inputs), fused)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 7], ids="{}-experts".format)
+def test_turning_b_changes_no_bit(chosen: int) -> None:
+    """Of eight experts few or many have rows; B lies as PEFT keeps it, or in one piece for each expert."""
+    inputs = make_inputs(replace(CASES[0], experts=8))
+    inputs = replace(inputs, topk_ids=inputs.topk_ids % chosen)
+    gate_a, gate_b, _, up_b, down_a, down_b = inputs.lora
+    results = []
+    for b in (torch.stack([gate_b, up_b], 1), interleaved(gate_b, up_b)):
+        lora = [t.detach().requires_grad_() for t in (gate_a, b, down_a, down_b)]
+        x = inputs.x.clone().requires_grad_()
+        base = base_of(inputs)
+        with launches() as seen:
+            out = jitmoe.moe_experts(x, inputs.topk_ids, inputs.weights, base, jitmoe.FusedAdapters(*lora, scale=2.0))
+            out.backward(inputs.dout)
+        results.append([out, x.grad, *(t.grad.contiguous() for t in lora)])
+        turned = b.stride(0) == 1 and FEW * chosen >= 8
+        assert {launch.record["gate.b"] == b.data_ptr() for launch in seen} == {not turned}
+        assert lora[1].grad.stride() == b.stride()
+    assert all(map(same_bits, *results))

@@ -35,8 +35,8 @@ from yardstick import Inputs, Results, make_inputs, results_of_layer
 import jitmoe
 from jitmoe import MoEConfig, MoELayer
 from jitmoe.errors import PlanError
-from jitmoe.experts import passes, workspace
-from jitmoe.experts.supplies import supplied
+from jitmoe.experts import workspace
+from jitmoe.experts.supplies import empty, supplied
 from jitmoe.experts.workspace import Arenas, Blocks
 from jitmoe.isa import ISAS
 from jitmoe.memory.tensors import Held
@@ -344,7 +344,7 @@ class TestBlocks:
         blocks = Blocks()
         for shape, dtype in (((3, 5, 7), torch.bfloat16), ((4, 9), torch.float32), ((0, 4), torch.float32)):
             with supplied(block_bytes=0, blocks=blocks):
-                tensor = passes.empty(shape, dtype)
+                tensor = empty(shape, dtype)
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
             part = tensor[1:]
             del tensor

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from jitmoe.errors import WeightsChangedError
 from jitmoe.experts import passes
+from jitmoe.experts.lora import rank_of
 from jitmoe.experts.pack import version_of
-from jitmoe.experts.passes import rank_of, saved_of
+from jitmoe.experts.passes import saved_of
 
 experts = torch.library.custom_op("jitmoe::experts", mutates_args=())(passes.forward)
 experts_backward = torch.library.custom_op("jitmoe::experts_backward", mutates_args=())(passes.backward)

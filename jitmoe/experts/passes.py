@@ -1,7 +1,6 @@
 """Forward and backward as functions of tensors: they make results, and name what goes to the kernels."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,13 +11,10 @@ from torch import Tensor
 
 from jitmoe.config import MoEConfig
 from jitmoe.experts import call as calls
-from jitmoe.experts.call import Call
-from jitmoe.experts.supplies import supplies
+from jitmoe.experts.lora import Gradients, operands, rank_of
+from jitmoe.experts.supplies import empty, supplies
 from jitmoe.plan.projections import LORA_NAMES, NAMES
 from jitmoe.plan.scratch import Saved, saved_tensors
-
-FUSED = 4
-"""Tensors of adapters in which gate and up are one: their A, their B, and those of down."""
 
 Fields = dict[str, int]
 """Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
@@ -35,19 +31,6 @@ def read_spec(spec: str, rank: int) -> tuple[MoEConfig, str]:
     """The config of :func:`spec_of` with LoRA of this rank, and the instruction set."""
     content = json.loads(spec)
     return MoEConfig(**content["config"] | {"lora_rank": rank}), content["isa"]
-
-
-def rank_of(lora: Sequence[Tensor]) -> int:
-    """r of the adapters; 0 where there are none."""
-    return lora[0].shape[1] if lora else 0
-
-
-def six_of(lora: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A and B of gate, up and down. Four tensors share one A between gate and up, and B [E, 2, I, r] holds both."""
-    if len(lora) != FUSED:
-        return lora
-    a, b, down_a, down_b = lora
-    return [a, b[:, 0], a, b[:, 1], down_a, down_b]
 
 
 def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]:
@@ -91,8 +74,8 @@ def forward(
         if call.rows < topk_ids.numel():  # what skipped slots leave at the end is an output too
             for tensor in saved:
                 tensor.view(-1)[tensor.numel() // topk_ids.numel() * call.rows :].zero_()
-        operand = _operand(x)
-        fields = _inputs(operand, base, lora) | _result(out) | _saved(config, saved)
+        operand, six = _operand(x), operands(call, lora)
+        fields = _inputs(operand, base, six) | _result(out) | _saved(config, saved)
         calls.run("forward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
     return [out, *saved]
 
@@ -117,85 +100,36 @@ def backward(
     wants_x, wants_weights, wants_lora = wants
     with _memory_errors():
         call = calls.new_call(config, isa, topk_ids, lora, scale)
-        operand, out_operand = _operand(x), _operand(out_grad)
+        operand, out_operand, six = _operand(x), _operand(out_grad), operands(call, lora)
         x_grad = empty(x.shape, x.dtype) if wants_x else None
         weights_grad = supplies().zeros(weights.shape, torch.float32)
-        lora_grads, owners_grads = _lora_gradients(call, lora) if wants_lora else ([], [])
+        gradients = Gradients.of(call, lora if wants_lora else [])
         saved = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may hand back other strides
         fields = (
-            _inputs(operand, base, lora)
+            _inputs(operand, base, six)
             | ({} if x_grad is None else _result(x_grad))
             | _saved(config, saved)
             | {"out_grad": out_operand.data_ptr(), "weights_grad": weights_grad.data_ptr()}
         )
-        for name, grad in zip(LORA_NAMES, lora_grads, strict=False):
+        for name, grad in zip(LORA_NAMES, gradients.written(), strict=False):
             fields |= _view(_field(name) + "_grad", grad)
         calls.run("backward", call, calls.row_weights(call, weights), fields, torch.get_num_threads())
         return [
             x.new_empty(0) if x_grad is None else x_grad,
             weights_grad.to(weights.dtype) if wants_weights else x.new_empty(0),
-            *(_rounded(parts, tensor.dtype) for parts, tensor in zip(owners_grads, lora, strict=False)),
+            *gradients.results(),
         ]
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < supplies().block_bytes:
-        return supplies().empty(shape, dtype)
-    memory = torch.from_numpy(supplies().blocks.take(nbytes))
-    # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
-    return memory.view(dtype).view(*shape).detach()
 
 
 def _operand(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16).contiguous().resolve_neg()
 
 
-def _lora_gradients(call: Call, lora: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[list[Tensor]]]:
-    """Float32 gradients for the kernel, which writes those of experts with rows: zero for the others.
-
-    First the six that the kernel writes, then for each tensor of ``lora`` the parts that add up to its gradient.
-    """
-    if len(lora) == FUSED:  # gate and up write to different memory, or two threads would add to one A
-        gate_a, up_a, b, *down = _zeroed(call, [lora[0], *lora])
-        return [gate_a, b[:, 0], up_a, b[:, 1], *down], [[gate_a, up_a], [b], *([grad] for grad in down)]
-    grads = _zeroed(call, lora)
-    return grads, [[grad] for grad in grads]
-
-
-def _zeroed(call: Call, lora: Sequence[Tensor]) -> list[Tensor]:
-    if 2 * call.route.active.size < call.num_experts:
-        # Fresh pages are zero, and most of them will not be touched.
-        return [_in_layout_of(p, supplies().zeros((p.numel(),), torch.float32)) for p in lora]
-    grads = [_in_layout_of(p, empty((p.numel(),), torch.float32)) for p in lora]
-    for begin, end in call.route.absent(call.num_experts):
-        for grad in grads:
-            grad[begin:end].zero_()
-    return grads
-
-
-def _rounded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of one or two gradients, rounded once."""
-    total, *rest = parts
-    for part in rest:
-        total.add_(part)
-    return total.to(dtype)
-
-
-def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
-    """``memory`` with the shape of ``tensor`` and, where that fills its memory, its strides; else contiguous."""
-    if tensor.is_contiguous():
-        return memory.view(tensor.shape)
-    like = torch.empty_like(tensor, device="meta", dtype=torch.float32)
-    return memory.as_strided(like.shape, like.stride()).detach()
-
-
 def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:
     fields = {"x": operand.data_ptr()}
     names = [f"{name}.{field}" for field in ("weights", "bias") for name in NAMES]
     fields |= {name: tensor.data_ptr() for name, tensor in zip(names, base, strict=False)}
-    for name, tensor in zip(LORA_NAMES, six_of(lora), strict=False):
+    for name, tensor in zip(LORA_NAMES, lora, strict=False):
         fields |= _view(_field(name), tensor)
     return fields
 

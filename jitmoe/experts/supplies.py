@@ -1,5 +1,6 @@
 """What a call takes from its surroundings, in one place: tests put their own in for a while."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,3 +73,13 @@ def supplied(**changes: object) -> Iterator[Supplies]:
         yield _Present.supplies
     finally:
         _Present.supplies = before
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor of any contents; large ones reuse the memory of those of former calls."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < supplies().block_bytes:
+        return supplies().empty(shape, dtype)
+    memory = torch.from_numpy(supplies().blocks.take(nbytes))
+    # Detached, it is no view: torch refuses writes in place, as in ``y += shared``, to one that a Function returned.
+    return memory.view(dtype).view(*shape).detach()
