@@ -38,7 +38,11 @@ class FrozenWeightsError(JitmoeError, RuntimeError):
 
 
 class AdapterError(JitmoeError, ValueError):
-    """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or of an unknown layout."""
+    """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or does not fit another layout."""
+
+
+class CheckpointError(JitmoeError, ValueError):
+    """A checkpoint lacks tensors, or holds ones that jitmoe cannot read."""
 
 
 class DataError(JitmoeError, ValueError):

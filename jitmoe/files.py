@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, whatever happens to the process that writes them."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,46 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
             raise
         os.fsync(folder)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new, empty folder that takes the place of the folder ``path``, if there is one, when the block ends.
+
+    After an error in the block ``path`` is as before. No system call of Python exchanges two folders: a process that is
+    killed between two renames leaves the old one, whole, as ``.NAME.old``, and the next call puts it back first.
+
+    Raises:
+        OSError: the system refuses; BlockingIOError where another thread or process writes the same folder.
+    """
+    path = Path(os.path.realpath(path))
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    with _folder_of(path) as parent, _sole_writer(part):
+        _put_back(path, old)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            # Names in the folder reach the disk before its own does.
+            with _folder_of(part / "*") as folder:
+                os.fsync(folder)
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            _put_back(path, old)
+            raise
+        os.fsync(parent)
+        _put_back(path, old)
+
+
+def _put_back(path: Path, old: Path) -> None:
+    """Give ``old`` its name back if that is free; remove it if a new folder has taken it."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    elif old.exists():
+        shutil.rmtree(old)
 
 
 @contextmanager

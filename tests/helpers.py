@@ -1,6 +1,8 @@
 """Layers made from the yardstick's inputs, and comparisons of bits, for every test of the layer."""
 
 import ctypes
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -204,3 +206,26 @@ def run_python(program: str, timeout: float = 120, **environment: str) -> str:
         raise AssertionError(f"did not end within {timeout} s; stderr: {hung.stderr}") from hung
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout
+
+
+def killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Run ``work`` in a forked child that gets SIGKILL before its ``step``-th call in files.py; whether it did."""
+    child = os.fork()
+    if child == 0:
+        remaining = [step]
+
+        def count(frame: object, event: str, _: object) -> object:
+            if frame.f_code.co_filename.endswith(("files.py", "packed_file.py")):
+                if event == "line":
+                    remaining[0] -= 1
+                    if remaining[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                return count
+            return None
+
+        sys.settrace(count)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import re
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from helpers import (
     case_named,
     config_of,
     different,
+    killed_at,
     layer_of,
     run_python,
     same_bits,
@@ -256,29 +255,6 @@ class TestSaving:
             layer.save_packed(saved)
             assert in_the_file(saved) == new and os.listdir(saved.parent) == [saved.name], "what is left does no harm"
         assert seen == {(False, False), (True, False), (True, True)}, "killed before and after publishing, then not"
-
-
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Run ``work`` in a forked child that gets SIGKILL before its ``step``-th call in files.py; whether it did."""
-    child = os.fork()
-    if child == 0:
-        remaining = [step]
-
-        def count(frame: object, event: str, _: object) -> object:
-            if frame.f_code.co_filename.endswith(("files.py", "packed_file.py")):
-                if event == "line":
-                    remaining[0] -= 1
-                    if remaining[0] < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                return count
-            return None
-
-        sys.settrace(count)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 BIG = dict(num_experts=16, hidden_size=512, intermediate_size=512, top_k=1, lora_rank=0, isa=ISA)

@@ -12,6 +12,7 @@ from jitmoe.cli import cache, console
 from jitmoe.cli.bench import bench
 from jitmoe.cli.build import build
 from jitmoe.cli.check import check
+from jitmoe.cli.convert import convert
 from jitmoe.cli.doctor import doctor
 from jitmoe.cli.estimate import estimate
 from jitmoe.cli.replay import replay
@@ -26,7 +27,7 @@ VARIABLES = "Environment variables: " + "; ".join(
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.command(epilog=VARIABLES)(doctor)
-for command in (build, show, bench, estimate, replay, check, train):
+for command in (build, show, bench, estimate, replay, check, convert, train):
     app.command()(command)
 app.add_typer(cache.app, name="cache")
 

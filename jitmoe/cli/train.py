@@ -43,8 +43,8 @@ def train(
     if epochs is not None and steps is not None:
         raise typer.BadParameter("--steps is not allowed with --epochs")
     options = Options(
-        model, data, output or Path(f"{model.resolve().name}-lora"), rank, alpha, lr, 1.0 if epochs is None else epochs, steps,
-        batch_size, max_length, resume, seed, memory_budget, save_every,
+        model, data, output or Path(f"{model.resolve().name}-lora"), rank, alpha, lr,
+        1.0 if epochs is None else epochs, steps, batch_size, max_length, resume, seed, memory_budget, save_every,
     )  # fmt: skip
     require_packages()
     from jitmoe.hf.train.job import prepare

@@ -4,13 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jitmoe.hf.loading import from_pretrained
     from jitmoe.hf.models import pack, unpack
     from jitmoe.hf.registry import register
     from jitmoe.hf.reporting import report
 
-__all__ = ["pack", "register", "report", "unpack"]
+__all__ = ["from_pretrained", "pack", "register", "report", "unpack"]
 
 _LAZY = {
+    "from_pretrained": "jitmoe.hf.loading",
     "pack": "jitmoe.hf.models",
     "register": "jitmoe.hf.registry",
     "report": "jitmoe.hf.reporting",

@@ -123,7 +123,9 @@ def _activation(module: Any, layout: Layout) -> tuple[Activation, float, float]:
     candidates = list(_candidates(module))
     beyond = 2 * max(limit for _, _, limit in candidates)
     generator = torch.Generator().manual_seed(0)
-    gate, up = torch.randn(2, PROBE_ROWS, PROBE_COLUMNS, generator=generator, device="cpu") * beyond
+    gate, up = (
+        torch.randn(2, PROBE_ROWS, PROBE_COLUMNS, generator=generator, device="cpu", dtype=torch.float32) * beyond
+    )
     fused = torch.stack([gate, up], -1).flatten(-2) if layout.interleaved else torch.cat([gate, up], -1)
     try:
         with torch.no_grad():

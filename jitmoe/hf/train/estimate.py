@@ -20,31 +20,27 @@ NOT_COUNTED = "Not counted: Python, torch and the kernels themselves, and what t
 
 @dataclass(frozen=True)
 class TrainEstimate:
-    """Memory of a training run.
+    """Memory of a training run. Loading needs less: experts are packed as they are read.
 
     Attributes:
         items: what it is for, and bytes.
-        loading: bytes at the worst moment of loading: all weights as they are, and one layer of experts packed.
         free: bytes that may be taken, and why no more.
         unknown: what could not be estimated and why; "" where everything was.
     """
 
     items: tuple[tuple[str, int], ...]
-    loading: int
     free: tuple[int, str]
     unknown: str = ""
 
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        return max(self.loading, sum(nbytes for _, nbytes in self.items))
+        return sum(nbytes for _, nbytes in self.items)
 
     def rows(self) -> list[tuple[str, str]]:
         """A table, its head first."""
-        training = sum(nbytes for _, nbytes in self.items)
         rows = [("memory", "bytes"), *((what, size(nbytes)) for what, nbytes in self.items)]
-        rows += [("training, in all", size(training)), ("loading, before that", size(self.loading))]
-        return [*rows, (self.free[1], size(self.free[0]))]
+        return [*rows, ("in all", size(self.total)), (self.free[1], size(self.free[0]))]
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -72,15 +68,12 @@ def estimate(
         threads: of a call.
         memory_budget: bytes that may be taken, or None.
     """
-    elements = {understood: _base_elements(understood) for understood in found.experts}
-    base = sum(elements[one] * layers for one, layers in found.experts.items())
     experts = _experts(found.experts, found.top_k, rank, tokens, threads)
     lora = sum(lora_elements(one, rank) * layers for one, layers in found.experts.items())
     lora += 0 if isinstance(held, str) else held.lora
-    other = BFLOAT16 * found.other_weights
     items = [
         ("experts, packed", experts["packed weight"]),
-        ("all other weights, bfloat16", other),
+        ("all other weights, bfloat16", BFLOAT16 * found.other_weights),
         ("LoRA, float32", FLOAT32 * lora),
         ("gradients of LoRA", FLOAT32 * lora),
         ("AdamW, two moments", ADAM_STATES * FLOAT32 * lora),
@@ -89,20 +82,14 @@ def estimate(
     ]
     if not isinstance(held, str):
         items.append(("activations outside of the experts", held.peak))
-    loading = BFLOAT16 * (base + max(elements.values())) + other
     unknown = f"activations outside of the experts are not in it ({held})" if isinstance(held, str) else ""
-    return TrainEstimate(tuple(items), loading, _free(memory_budget), unknown)
+    return TrainEstimate(tuple(items), _free(memory_budget), unknown)
 
 
 def lora_elements(understood: Understood, rank: int) -> int:
     """Of PEFT's A and B on both parameters of one module; gate and up share an A."""
     layout = understood.layout
     return layout.experts * rank * (2 * layout.hidden + 3 * layout.intermediate)
-
-
-def _base_elements(understood: Understood) -> int:
-    layout = understood.layout
-    return 3 * layout.experts * layout.hidden * layout.intermediate
 
 
 def _experts(modules: Counter[Understood], top_k: int, rank: int, tokens: int, threads: int) -> Counter[str]:

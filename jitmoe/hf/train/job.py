@@ -8,8 +8,8 @@ import torch
 
 from jitmoe.hf import registry
 from jitmoe.hf.train import picture
-from jitmoe.hf.train.checkpoint import Checkpoint, open_checkpoint
 from jitmoe.hf.train.estimate import NOT_COUNTED, TrainEstimate, estimate
+from jitmoe.hf.train.folder import ModelFolder, open_folder
 from jitmoe.hf.train.options import Options
 from jitmoe.hf.train.rows import read_rows
 from jitmoe.hf.train.sketch import Held, Sketch, held_by_torch, sketch
@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         options: of the run.
-        checkpoint: the model.
+        folder: of the model.
         tokenizer: of transformers.
         data: the rows as tokens.
         sketch: the model without weights.
@@ -31,7 +31,7 @@ class Job:
     """
 
     options: Options
-    checkpoint: Checkpoint
+    folder: ModelFolder
     tokenizer: Any
     data: Encoded
     sketch: Sketch
@@ -53,7 +53,7 @@ class Job:
         attention = ", ".join(self.sketch.attention) or "nothing: it has none of q_proj, k_proj, v_proj, o_proj"
         cut = f", {data.cut} of them cut at --max-length {options.max_length}" if data.cut else ""
         return [
-            ("model", f"{self.checkpoint.path}, {layers} layers with experts"),
+            ("model", f"{self.folder.path}, {layers} layers with experts"),
             ("LoRA", f"rank {options.rank}, alpha {options.alpha:g}, on all experts and in attention on {attention}"),
             ("data", f"{len(data.rows)} rows{cut}, {data.tokens} tokens, the longest row has {data.longest}"),
             ("training", f"{self.steps} steps of {options.batch_size} rows, lr {options.lr:g} falling to 0"),
@@ -65,7 +65,7 @@ class Job:
         yield NOT_COUNTED
         if self.estimate.unknown:
             yield f"Memory: {self.estimate.unknown}"
-        other = [name for name in self.checkpoint.dtypes if name != "BF16"]
+        other = [name for name in self.folder.dtypes if name != "BF16"]
         if other:
             yield f"The checkpoint has weights in {', '.join(other)}: all are loaded as bfloat16"
         if not picture.can_draw():
@@ -80,7 +80,7 @@ def prepare(options: Options) -> Job:
         DataError: a row cannot be used; names file and line.
         UnsupportedExpertsError: jitmoe does not compute the experts of the model.
     """
-    checkpoint = open_checkpoint(options.model)
+    folder = open_folder(options.model)
     rows, digest = read_rows(options.data)
     registry.register()
     found = sketch(options.model)
@@ -90,8 +90,8 @@ def prepare(options: Options) -> Job:
     held = _held(found, options.rank, batch, data.longest)
     threads = torch.get_num_threads()
     expected = estimate(found, held, options.rank, batch * data.longest, threads, options.memory_budget)
-    run = {**options.that_matter(), "model": checkpoint.digest, "data": digest}
-    return Job(options, checkpoint, tokenizer, data, found, expected, run)
+    run = {**options.that_matter(), "model": folder.digest, "data": digest}
+    return Job(options, folder, tokenizer, data, found, expected, run)
 
 
 def _held(found: Sketch, rank: int, batch: int, length: int) -> Held | str:

@@ -10,7 +10,7 @@ from typing import Any
 from jitmoe.errors import DataError
 
 FORMS = ({"text"}, {"messages"}, {"prompt", "completion"})
-"""Fields of a row: text to learn, a conversation for the chat template, or a prompt of which only the completion counts."""
+"""Fields of a row: text, a conversation for the chat template, or a prompt and the completion that alone is learnt."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """A training run: load, train with transformers' Trainer, save the adapter."""
 
 import io
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from jitmoe.files import replacing_folder
 from jitmoe.hf import models, reporting
+from jitmoe.hf.loading import from_pretrained
 from jitmoe.hf.train import checkpoints, picture
 from jitmoe.hf.train.callbacks import Progress, Seals, duration
 from jitmoe.hf.train.job import Job
@@ -51,14 +51,11 @@ def run(job: Job) -> Iterator[str]:
 
 def _load(job: Job) -> Any:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     options = job.options
-    base = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.bfloat16, experts_implementation="jitmoe", local_files_only=True
-    )
+    base = from_pretrained(options.model, local_files_only=True)
     base.config.use_cache = False
-    models.pack(base)
+    models.pack(base)  # it is packed already, and now knows its kernels
     torch.manual_seed(options.seed)
     lora = LoraConfig(
         r=options.rank,
@@ -117,9 +114,8 @@ def _trainer(job: Job, model: Any) -> tuple[Any, Progress]:
 
 def _save(job: Job, model: Any, log: list[dict[str, Any]]) -> Iterator[str]:
     output = job.options.output
-    part = output / f".{ADAPTER}.part"
-    model.save_pretrained(part)
-    _exchange(part, output / ADAPTER)
+    with replacing_folder(output / ADAPTER) as folder:
+        model.save_pretrained(folder)
     yield f"adapter: {output / ADAPTER}, for peft.PeftModel.from_pretrained"
     losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
     if losses:
@@ -127,14 +123,3 @@ def _save(job: Job, model: Any, log: list[dict[str, Any]]) -> Iterator[str]:
     if losses and picture.can_draw():
         picture.draw(losses, f"{job.options.model.name}, LoRA of rank {job.options.rank}", output / PICTURE)
         yield f"picture: {output / PICTURE}"
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Put a folder in the place of one that an earlier end of this run left."""
-    if old.exists():
-        gone = old.with_name(f".{old.name}.old")
-        os.rename(old, gone)
-        os.rename(new, old)
-        checkpoints.remove(gone)
-    else:
-        os.rename(new, old)

@@ -16,7 +16,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_conf
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFolder:
     """A folder that has all that training needs.
 
     Attributes:
@@ -30,7 +30,7 @@ class Checkpoint:
     digest: str
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_folder(path: Path) -> ModelFolder:
     """Look at ``path``.
 
     Raises:
@@ -53,7 +53,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise TrainError(f"{path} has no tokenizer ({', '.join(TOKENIZERS)}): copy that of the model into the folder")
     headers = [header for shard in shards for header in _headers(shard)]
     digest = hashlib.sha256((path / "config.json").read_bytes() + repr(sorted(headers)).encode()).hexdigest()
-    return Checkpoint(path, tuple(sorted({dtype for _, _, dtype in headers})), digest)
+    return ModelFolder(path, tuple(sorted({dtype for _, _, dtype in headers})), digest)
 
 
 def _shards(path: Path) -> list[str]:

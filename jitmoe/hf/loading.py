@@ -1,0 +1,62 @@
+"""Models from checkpoints, with experts that are packed as they are read."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jitmoe.errors import UnsupportedExpertsError
+from jitmoe.hf.packed_folder import PackedFolder
+from jitmoe.hf.peft_lora import IMPLEMENTATION
+from jitmoe.hf.registry import register
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    packed: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a model as ``AutoModelForCausalLM.from_pretrained`` does, with experts packed straight from the files.
+
+    Experts are read and packed one matrix at a time: what is held at once is the model and one expert.
+
+    Args:
+        folder: a checkpoint in safetensors files.
+        packed: folder for packed experts. The first load writes them there; later ones map these files, which all
+            processes share, and read no experts from the checkpoint.
+        verify: read each file in ``packed`` once and compare digests, or a damaged weight would be a wrong result.
+        model_class: a class with ``from_pretrained``, by default ``AutoModelForCausalLM``.
+        **kwargs: for its ``from_pretrained``. ``dtype`` is bfloat16 unless given.
+
+    Returns:
+        The model, as transformers makes it, in evaluation mode and with ``experts_implementation="jitmoe"``.
+
+    Raises:
+        UnsupportedExpertsError: experts that jitmoe has no kernel for, or a checkpoint whose weights are quantised.
+        CheckpointError: the checkpoint lacks tensors, or holds ones that cannot be packed.
+        PackedFileError: ``packed`` cannot be written or read, or holds the experts of another checkpoint.
+    """
+    register()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from jitmoe.hf import packing
+
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
+    if getattr(config.get_text_config(), "quantization_config", getattr(config, "quantization_config", None)):
+        raise UnsupportedExpertsError(
+            f"the weights in {folder} are quantised; jitmoe packs experts from bfloat16. Load them with transformers' "
+            f"from_pretrained(dtype=torch.bfloat16), dequantised where its config allows it"
+        )
+    packing.offer()
+    kept = None if packed is None else PackedFolder(Path(packed), verify)
+    return (model_class or AutoModelForCausalLM).from_pretrained(
+        folder,
+        config=config,
+        experts_implementation=IMPLEMENTATION,
+        quantization_config=packing.PackingConfig(kept),
+        **{"dtype": torch.bfloat16, **kwargs},
+    )
