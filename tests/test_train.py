@@ -78,9 +78,7 @@ def uninterrupted(model: Path, data: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def losses(output: Path) -> list[float]:
-    newest = checkpoints.find(output).complete[-1]
-    state = json.loads((newest / "trainer_state.json").read_text())
-    return [row["loss"] for row in state["log_history"] if "loss" in row]
+    return [loss for _, loss in checkpoints.losses_in(checkpoints.find(output).complete[-1])]
 
 
 def same_run(one: Path, other: Path) -> bool:
@@ -295,7 +293,7 @@ class TestCheckpoints:
                 time.sleep(0.05)
             training.send_signal(signal.SIGINT)
             _, err = training.communicate(timeout=60)
-        assert training.returncode == 1, err
+        assert training.returncode == 130, err
         found = checkpoints.find(output)
         assert found.complete and not found.incomplete
         assert f"{found.complete[-1].name} is complete: go on with --resume" in err and "Traceback" not in err
@@ -349,5 +347,5 @@ class TestTokens:
     def test_a_template_that_refuses_is_an_error_with_its_line(self) -> None:
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(DataError, match="a:7: .*roles must alternate"):
+        with pytest.raises(DataError, match=r"a:7: .*roles must alternate"):
             encode([Row("a:7", {"messages": [{"role": "user", "content": "hi"}]})], tokenizer, 50)

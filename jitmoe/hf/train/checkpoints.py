@@ -30,9 +30,20 @@ class Found:
 def find(output: Path) -> Found:
     """Those that are complete and those that a killed process left."""
     folders = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    folders.sort(key=lambda path: int(path.name.removeprefix(PREFIX)))
+    folders.sort(key=step_of)
     complete = [path for path in folders if _is_complete(path)]
     return Found(tuple(complete), tuple(path for path in folders if path not in complete))
+
+
+def step_of(folder: Path) -> int:
+    """Steps that were done when it was written."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def losses_in(folder: Path) -> list[tuple[int, float]]:
+    """Steps and their losses, from the first step on."""
+    log = read_fields(folder / "trainer_state.json", "the state of a Trainer")["log_history"]
+    return [(row["step"], row["loss"]) for row in log if "loss" in row]
 
 
 def seal(folder: Path) -> None:

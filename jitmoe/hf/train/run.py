@@ -1,10 +1,12 @@
 """A training run: load, train with transformers' Trainer, save the adapter."""
 
 import io
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,14 @@ def run(job: Job) -> Iterator[str]:
     output = job.options.output
     resume, notes = checkpoints.begin(output, job.options.resume, job.run)
     yield from notes
-    model = _load(job)
+    # Resumed after its last step, the Trainer would take one more.
+    if resume is None or checkpoints.step_of(resume) < job.steps:
+        yield from _train(job, resume)
+    yield from _finish(job, checkpoints.find(output).complete[-1])
+
+
+def _train(job: Job, resume: Path | None) -> Iterator[str]:
+    output, model = job.options.output, _load(job)
     yield from summary(model)
     began = time.perf_counter()
     trainer, progress = _trainer(job, model)
@@ -46,7 +55,6 @@ def run(job: Job) -> Iterator[str]:
     finally:
         progress.close()
     yield f"trained for {duration(time.perf_counter() - began)}, {trainer.state.num_input_tokens_seen} tokens"
-    yield from _save(job, model, trainer.state.log_history)
 
 
 def _load(job: Job) -> Any:
@@ -60,7 +68,7 @@ def _load(job: Job) -> Any:
     lora = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
-        target_modules=list(job.sketch.attention),
+        target_modules=list(job.sketch.attention) or None,
         target_parameters=list(job.sketch.parameters),
         task_type="CAUSAL_LM",
     )
@@ -112,14 +120,15 @@ def _trainer(job: Job, model: Any) -> tuple[Any, Progress]:
     return trainer, progress
 
 
-def _save(job: Job, model: Any, log: list[dict[str, Any]]) -> Iterator[str]:
+def _finish(job: Job, newest: Path) -> Iterator[str]:
+    """Adapter and picture, from the checkpoint of the last step."""
     output = job.options.output
     with replacing_folder(output / ADAPTER) as folder:
-        model.save_pretrained(folder)
+        for path in newest.glob("adapter_*"):
+            shutil.copy(path, folder)
     yield f"adapter: {output / ADAPTER}, for peft.PeftModel.from_pretrained"
-    losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    if losses:
-        yield f"loss: {losses[0][1]:.4f} at step {losses[0][0]}, {losses[-1][1]:.4f} at step {losses[-1][0]}"
-    if losses and picture.can_draw():
+    losses = checkpoints.losses_in(newest)
+    yield f"loss: {losses[0][1]:.4f} at step {losses[0][0]}, {losses[-1][1]:.4f} at step {losses[-1][0]}"
+    if picture.can_draw():
         picture.draw(losses, f"{job.options.model.name}, LoRA of rank {job.options.rank}", output / PICTURE)
         yield f"picture: {output / PICTURE}"
