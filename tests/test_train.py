@@ -223,8 +223,8 @@ class TestRefusals:
         assert "has no rows" in run(model, tmp_path / "empty.jsonl")[2]
 
     def test_too_little_memory(self, run: Callable[..., Result], model: Path, data: Path, tmp_path: Path) -> None:
-        status, out, err = run(model, data, "--output", tmp_path / "out", "--memory-budget", "100000")
-        assert status == 1 and "training would hold" in err and "--memory-budget is 100 kB" in err
+        status, out, err = run(model, data, "--output", tmp_path / "out", "--memory-budget", "200000000")
+        assert status == 1 and "training would hold" in err and "--memory-budget is 200 MB" in err
         assert "in all" in out and not (tmp_path / "out").exists()
 
     def test_an_output_that_is_not_empty(

@@ -8,7 +8,7 @@ import torch
 
 from jitmoe.hf import registry
 from jitmoe.hf.train import picture
-from jitmoe.hf.train.estimate import NOT_COUNTED, TrainEstimate, estimate
+from jitmoe.hf.train.estimate import HOW, TrainEstimate, estimate
 from jitmoe.hf.train.folder import ModelFolder, open_folder
 from jitmoe.hf.train.options import Options
 from jitmoe.hf.train.rows import read_rows
@@ -62,7 +62,7 @@ class Job:
 
     def notes(self) -> Iterator[str]:
         """What the user should not have to find out."""
-        yield NOT_COUNTED
+        yield HOW
         if self.estimate.unknown:
             yield f"Memory: {self.estimate.unknown}"
         other = [name for name in self.folder.dtypes if name != "BF16"]

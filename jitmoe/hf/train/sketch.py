@@ -117,7 +117,7 @@ def held_by_torch(found: Sketch, rank: int, batch: int, length: int) -> Held:
 
     model: Any = found.model
     for module in experts_of(model):
-        module.forward = _stand_in
+        module.forward = stand_in
     if found.attention:
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=list(found.attention)))
     else:
@@ -128,13 +128,14 @@ def held_by_torch(found: Sketch, rank: int, batch: int, length: int) -> Held:
         _move_to_fake(model)
         ids = torch.zeros(batch, length, dtype=torch.long)
         places = torch.arange(length).expand(batch, length)
-        with _counting() as count, torch.autocast("cpu", dtype=torch.bfloat16):
+        with counting() as count, torch.autocast("cpu", dtype=torch.bfloat16):
             model(input_ids=ids, labels=ids, position_ids=places, use_cache=False).loss.backward()
     trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     return Held(count.peak, trained)
 
 
-def _stand_in(hidden_states: Tensor, _: Tensor, top_k_weights: Tensor) -> Tensor:
+def stand_in(hidden_states: Tensor, _: Tensor, top_k_weights: Tensor) -> Tensor:
+    """For the forward of experts: what flows through them flows through this."""
     return hidden_states * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)
 
 
@@ -150,7 +151,7 @@ def _move_to_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators have made and that are still alive."""
 
     def __init__(self) -> None:
@@ -174,6 +175,7 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _counting() -> Iterator[_Count]:
-    with _Count() as count:
+def counting() -> Iterator[Count]:
+    """Count what operators make inside the block."""
+    with Count() as count:
         yield count
