@@ -180,6 +180,7 @@ class TestRefusals:
             (with_config(quantization_config={"quant_method": "fp8"}), "are quantised (fp8)"),
             (with_config(model_type="qwen3"), "Qwen3ForCausalLM has no experts"),
             (with_config(hidden_act="gelu"), "Qwen3MoeExperts cannot run on jitmoe: its activation (GELU"),
+            (with_config(vocab_size=100), "and the model knows 100 tokens"),
             (with_config(model_type="nonsense"), "transformers makes no language model"),
         ],
     )

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from jitmoe.errors import TrainError
 from jitmoe.hf import registry
 from jitmoe.hf.train import picture
 from jitmoe.hf.train.estimate import HOW, TrainEstimate, estimate
 from jitmoe.hf.train.folder import ModelFolder, open_folder
 from jitmoe.hf.train.options import Options
 from jitmoe.hf.train.rows import read_rows
-from jitmoe.hf.train.sketch import Held, Sketch, held_by_torch, sketch
+from jitmoe.hf.train.sketch import ATTENTION, Held, Sketch, held_by_torch, sketch
 from jitmoe.hf.train.tokens import Encoded, encode, load_tokenizer
 
 
@@ -50,11 +51,13 @@ class Job:
         """What will be trained on what, as a table without a head."""
         options, data = self.options, self.data
         layers = sum(self.sketch.experts.values())
-        attention = ", ".join(self.sketch.attention) or "nothing: it has none of q_proj, k_proj, v_proj, o_proj"
+        attention = f"in attention on {', '.join(self.sketch.attention)}"
+        if not self.sketch.attention:
+            attention = f"on nothing in attention, which has none of {', '.join(ATTENTION)}"
         cut = f", {data.cut} of them cut at --max-length {options.max_length}" if data.cut else ""
         return [
             ("model", f"{self.folder.path}, {layers} layers with experts"),
-            ("LoRA", f"rank {options.rank}, alpha {options.alpha:g}, on all experts and in attention on {attention}"),
+            ("LoRA", f"rank {options.rank}, alpha {options.alpha:g}, on all experts and {attention}"),
             ("data", f"{len(data.rows)} rows{cut}, {data.tokens} tokens, the longest row has {data.longest}"),
             ("training", f"{self.steps} steps of {options.batch_size} rows, lr {options.lr:g} falling to 0"),
             ("time", "not known before the first steps: it depends on this machine; the line of progress says it"),
@@ -86,6 +89,11 @@ def prepare(options: Options) -> Job:
     found = sketch(options.model)
     tokenizer = load_tokenizer(options.model)
     data = encode(rows, tokenizer, options.max_length)
+    if data.largest >= found.vocabulary:
+        raise TrainError(
+            f"the tokenizer in {options.model} gives token {data.largest}, and the model knows {found.vocabulary} "
+            f"tokens: they do not belong together"
+        )
     batch = min(options.batch_size, len(data.rows))
     held = _held(found, options.rank, batch, data.longest)
     threads = torch.get_num_threads()

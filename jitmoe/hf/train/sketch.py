@@ -32,6 +32,8 @@ class Sketch:
         top_k: experts a token goes to.
         attention: names of those of :data:`ATTENTION` that it has.
         parameters: names of the experts' parameters, as PEFT's ``target_parameters`` takes them.
+        other_weights: elements of all weights but the experts'.
+        vocabulary: number of tokens that it knows.
     """
 
     model: nn.Module
@@ -39,12 +41,8 @@ class Sketch:
     top_k: int
     attention: tuple[str, ...]
     parameters: tuple[str, ...]
-
-    @property
-    def other_weights(self) -> int:
-        """Elements of all weights but the experts'."""
-        inside = {id(p) for module in experts_of(self.model) for p in module.parameters()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
+    other_weights: int
+    vocabulary: int
 
 
 def sketch(path: Path) -> Sketch:
@@ -68,7 +66,10 @@ def sketch(path: Path) -> Sketch:
         raise UnsupportedExpertsError(f"{type(model).__name__} has no experts: jitmoe has nothing to do in it")
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     attention = tuple(name for name in ATTENTION if name in names)
-    return Sketch(model, found, _top_k(experts[0]), attention, _parameters(model))
+    inside = {id(parameter) for module in experts for parameter in module.parameters()}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return Sketch(model, found, _top_k(experts[0]), attention, _parameters(model), others, vocabulary)
 
 
 def experts_of(model: nn.Module) -> Iterator[Any]:

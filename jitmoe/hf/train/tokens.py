@@ -34,6 +34,11 @@ class Encoded:
         """Tokens of the longest row."""
         return max(len(row["input_ids"]) for row in self.rows)
 
+    @property
+    def largest(self) -> int:
+        """The largest number of a token."""
+        return max(max(row["input_ids"]) for row in self.rows)
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint, able to fill up rows.
@@ -51,6 +56,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise TrainError(f"the tokenizer in {folder} has no eos_token: rows could not end. Set it in its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # filled up places are masked, so any token will do
+    tokenizer.padding_side = "right"
     return tokenizer
 
 
