@@ -1,5 +1,6 @@
 """A training run before anything of it is loaded: model, data and memory are looked at, and refused if need be."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,8 @@ class Job:
         """Optimizer steps, as the Trainer counts them."""
         if self.options.steps is not None:
             return self.options.steps
-        each = -(-len(self.data.rows) // self.options.batch_size)
-        return -int(-self.options.epochs * each // 1)
+        each = math.ceil(len(self.data.rows) / self.options.batch_size)
+        return math.ceil(self.options.epochs * each)
 
     def facts(self) -> list[tuple[str, str]]:
         """What will be trained on what, as a table without a head."""
