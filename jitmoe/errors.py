@@ -38,7 +38,7 @@ class FrozenWeightsError(JitmoeError, RuntimeError):
 
 
 class AdapterError(JitmoeError, ValueError):
-    """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or does not fit another layout."""
+    """LoRA is in a form that jitmoe does not compute, or a file of it is damaged or has another layout."""
 
 
 class CheckpointError(JitmoeError, ValueError):

@@ -83,6 +83,7 @@ def config_of(family: str) -> Any:
 
 def eager_model(family: str, seed: int = 0, **kwargs: Any) -> Any:
     """A bfloat16 model on the eager experts, whose values are large enough for experts to matter."""
+    torch.manual_seed(seed)  # for what is left as it was made
     model = transformers.AutoModelForCausalLM.from_config(
         config_of(family), dtype=torch.bfloat16, experts_implementation="eager", **kwargs
     )

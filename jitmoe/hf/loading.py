@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from jitmoe.errors import UnsupportedExpertsError
+from jitmoe.errors import CheckpointError, UnsupportedExpertsError
 from jitmoe.hf.packed_folder import PackedFolder
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.hf.registry import register
@@ -37,7 +37,7 @@ def from_pretrained(
 
     Raises:
         UnsupportedExpertsError: experts that jitmoe has no kernel for, or a checkpoint whose weights are quantised.
-        CheckpointError: the checkpoint lacks tensors, or holds ones that cannot be packed.
+        CheckpointError: no such folder, or the checkpoint lacks tensors, or holds ones that cannot be packed.
         PackedFileError: ``packed`` cannot be written or read, or holds the experts of another checkpoint.
     """
     register()
@@ -45,6 +45,10 @@ def from_pretrained(
 
     from jitmoe.hf import packing
 
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder; name one with a checkpoint (huggingface_hub.snapshot_download(name) makes one)"
+        )
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
     if getattr(config.get_text_config(), "quantization_config", getattr(config, "quantization_config", None)):
         raise UnsupportedExpertsError(

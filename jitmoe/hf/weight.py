@@ -19,8 +19,8 @@ from jitmoe.hf.packed import Packed
 
 aten = torch.ops.aten
 
-MULTIPLIES = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "_grouped_mm", "grouped_mm_fallback")
-"""Operators that a forward without jitmoe would use, unpacking in every call."""
+MULTIPLIES = ("t", "transpose", "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "_grouped_mm", "grouped_mm_fallback")
+"""Operators with which a forward without jitmoe reads a weight, unpacking in every call."""
 
 
 class PackedWeight(Tensor):

@@ -1,0 +1,116 @@
+"""Names of transformers and PEFT that jitmoe.hf leans on, one test each: a failure here says what has moved."""
+
+import inspect
+from typing import Any
+
+import pytest
+from families import EXPERTS, eager_model, experts_of
+
+peft = pytest.importorskip("peft")
+moe = pytest.importorskip("transformers.integrations.moe")
+loading = pytest.importorskip("transformers.core_model_loading")
+quantizers = pytest.importorskip("transformers.quantizers.base")
+
+
+def parameters_of(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def experts() -> Any:
+    return next(iter(experts_of(eager_model("qwen3_moe")).values()))
+
+
+def test_experts_are_registered_and_found() -> None:
+    assert {"register", "get_interface"} <= set(dir(moe.ALL_EXPERTS_FUNCTIONS))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("has_gate", True),
+        ("has_bias", False),
+        ("is_transposed", False),
+        ("is_concatenated", True),
+        ("has_post_expert_norm", False),
+        ("num_experts", EXPERTS),
+    ],
+)
+def test_facts_of_an_experts_module(fact: str, value: Any) -> None:
+    assert getattr(experts(), fact) == value
+
+
+def test_the_forward_of_the_class_is_kept() -> None:
+    assert parameters_of(type(experts()).forward.__wrapped__) == [
+        "self",
+        "hidden_states",
+        "top_k_index",
+        "top_k_weights",
+    ]
+
+
+def test_the_gate_can_be_asked() -> None:
+    assert parameters_of(experts()._apply_gate) == ["gate_up_out"]
+
+
+def test_the_choice_is_on_the_config() -> None:
+    assert experts().config._experts_implementation == "eager"
+
+
+def test_wrappers_of_parameters() -> None:
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    assert parameters_of(wrapper._activate_lora) == ["self", "active_adapters"]
+    source = inspect.getsource(wrapper.forward)
+    assert "with self._activate_lora(self.active_adapters):" in source
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["parameter_name", "lora_A", "lora_B", "scaling", "r", "active_adapters", "disable_adapters", "merged_adapters"],
+)
+def test_attributes_of_a_wrapper(name: str) -> None:
+    model = peft.get_peft_model(
+        eager_model("qwen3_moe"), peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"])
+    )
+    wrapper = next(m for m in model.modules() if hasattr(m, "parameter_name"))
+    assert hasattr(wrapper, name) and wrapper.get_base_layer() in experts_of(model).values()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_original_source_patterns", "_original_target_patterns", "scope_prefix", "base_model_prefix", "operations"],
+)
+def test_attributes_of_a_conversion(name: str) -> None:
+    assert hasattr(loading.WeightConverter(["a"], ["b"], [loading.MergeModulelist()]), name)
+
+
+def test_a_conversion_is_told_of_tensors_and_converts() -> None:
+    assert parameters_of(loading.WeightConverter.add_tensor) == [
+        "self",
+        "target_key",
+        "source_key",
+        "source_pattern",
+        "future",
+    ]
+    assert parameters_of(loading.WeightConverter.convert) == [
+        "self",
+        "layer_name",
+        "model",
+        "config",
+        "hf_quantizer",
+        "loading_info",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "preprocess_model",
+        "update_weight_conversions",
+        "param_needs_quantization",
+        "get_quantize_ops",
+        "postprocess_model",
+        "remove_quantization_config",
+    ],
+)
+def test_methods_of_a_quantizer(name: str) -> None:
+    assert callable(getattr(quantizers.HfQuantizer, name))
