@@ -45,6 +45,14 @@ class CheckpointError(JitmoeError, ValueError):
     """A checkpoint lacks tensors, or holds ones that jitmoe cannot read."""
 
 
+class DataError(JitmoeError, ValueError):
+    """A row of training data cannot be used, or the file cannot be read. Names file and line."""
+
+
+class TrainError(JitmoeError, RuntimeError):
+    """Training cannot begin or go on: a folder lacks something, is in use, or the loss is not finite."""
+
+
 class PackedFileError(JitmoeError, OSError):
     """A file of packed weights is missing, damaged, of another layout or of another layer, or cannot be written."""
 

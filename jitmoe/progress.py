@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ def track(items: Iterable[Item], total: int, what: str, name: Callable[[Item], s
         what: name of one item, in the singular: "W1 round".
         name: gives the name of an item, which is shown when the item is done.
     """
-    with _bar(total, what) if _on_terminal() else _lines(total, what) as advance:
+    with counted(total, what) as advance:
         for done, item in enumerate(items, 1):
             yield item
             advance(done, name(item) if name else "")
+
+
+def counted(total: int, what: str) -> AbstractContextManager[Advance]:
+    """What :func:`track` shows, for a loop that somebody else runs and that calls what it is given here."""
+    return _bar(total, what) if _on_terminal() else _lines(total, what)
 
 
 def _on_terminal() -> bool:

@@ -11,7 +11,7 @@ from jitmoe.cli import main
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay)", TEXT)))
+COMMANDS = sorted(set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train)", TEXT)))
 
 
 def test_python_blocks_run_one_after_the_other(

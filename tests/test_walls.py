@@ -31,7 +31,7 @@ MAY_USE = {
     "filelock": {"files", "jit.cache"},
     "platformdirs": {"jit.cache"},
     "safetensors": {"experts.pack", "hf"},
-    "matplotlib": {"bench.plot", "inspect.trace_picture"},
+    "matplotlib": {"bench.plot", "hf.train.picture", "inspect.trace_picture"},
     "transformers": {"bench.peers", "hf"},
     "peft": {"bench.peers", "hf"},
     "typer": {"cli"},

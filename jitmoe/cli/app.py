@@ -17,6 +17,7 @@ from jitmoe.cli.doctor import doctor
 from jitmoe.cli.estimate import estimate
 from jitmoe.cli.replay import replay
 from jitmoe.cli.show import show
+from jitmoe.cli.train import train
 from jitmoe.errors import JitmoeError
 from jitmoe.version import __version__
 
@@ -26,7 +27,7 @@ VARIABLES = "Environment variables: " + "; ".join(
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.command(epilog=VARIABLES)(doctor)
-for command in (build, show, bench, estimate, replay, check, convert):
+for command in (build, show, bench, estimate, replay, check, convert, train):
     app.command()(command)
 app.add_typer(cache.app, name="cache")
 
