@@ -499,6 +499,7 @@ class TestCommand:
             ("W1 --threads -2", "at least 1"),
             ("W1 W3 --sweep rank", "one workload"),
             ("W1 --phases --plot x.png", "no picture"),
+            ("--loading --plot x.png", "--loading has no picture"),
         ],
     )
     def test_what_it_refuses(self, arguments, message, capsys):

@@ -147,7 +147,6 @@ def test_the_report_has_a_line_for_each_module(capsys: pytest.CaptureFixture[str
     first, second = said.splitlines()
     assert first == ("model.layers.0.mlp.experts: jitmoe, 7 experts 46x27, silu, packed at the first call, no adapters")
     assert "model.layers.1.mlp.experts: NOT on jitmoe: Qwen3MoeExperts cannot run" in second
-    jitmoe.hf.pack(on_jitmoe(eager_model("qwen3_moe")))
 
 
 def test_the_report_says_what_is_packed_active_and_missing() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.nn.functional import silu
 
 from jitmoe.bench.contenders import Contender
 from jitmoe.errors import BenchError
+from jitmoe.hf import registry
+from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.oracle.data import Base
 from jitmoe.oracle.reference import LoraTensors, moe_reference
 from jitmoe.oracle.workloads import Workload
@@ -82,17 +85,27 @@ def grouped_mm(workload: Workload, base: Base, lora: LoraTensors | None, scale: 
 
 def transformers_experts(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
     """The experts module of transformers' Qwen3-MoE with its grouped_mm back end; no adapters."""
-    experts = _transformers_module(workload, base)
+    experts = _transformers_module(workload, base, "grouped_mm")
     experts.requires_grad_(False)
     return _contender(workload, experts, torch.bfloat16, None)
 
 
 def transformers_peft(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
-    """What users do today: PEFT's ``target_parameters`` on that module. PEFT chooses its own initial values."""
+    """What users do today: PEFT's ``target_parameters`` on that module. Gate and up share the A of gate."""
+    return _peft(workload, base, lora, scale, "grouped_mm")
+
+
+def peft_on_jitmoe(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+    """The same with ``experts_implementation="jitmoe"``."""
+    registry.register()
+    return _peft(workload, base, lora, scale, IMPLEMENTATION)
+
+
+def _peft(workload: Workload, base: Base, lora: LoraTensors | None, scale: float, implementation: str) -> Contender:
     from peft import LoraConfig, get_peft_model
 
     model = nn.Module()
-    model.experts = _transformers_module(workload, base)
+    model.experts = _transformers_module(workload, base, implementation)
     config = LoraConfig(
         r=workload.rank,
         lora_alpha=scale * workload.rank,
@@ -100,8 +113,20 @@ def transformers_peft(workload: Workload, base: Base, lora: LoraTensors | None, 
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
     get_peft_model(model, config)
+    if lora is not None:
+        outer = model.experts
+        _write(outer.base_layer, lora.gate_lora_a, torch.cat([lora.gate_lora_b, lora.up_lora_b], 1))
+        _write(outer, lora.down_lora_a, lora.down_lora_b)
     parameters = tuple(p for p in model.parameters() if p.requires_grad)
     return Contender("", model.experts, parameters, torch.bfloat16, workload.rank, True, comparable="peft")
+
+
+def _write(wrapper: Any, a: Tensor, b: Tensor) -> None:
+    """A [E, r, in] and B [E, out, r] into PEFT's A [E r, in] and B [out, r E]."""
+    (name,) = wrapper.lora_A
+    with torch.no_grad():
+        wrapper.lora_A[name].weight.copy_(a.flatten(0, 1))
+        wrapper.lora_B[name].weight.copy_(b.permute(1, 2, 0).flatten(1))
 
 
 PEERS = {
@@ -112,6 +137,7 @@ PEERS = {
     "transformers": Peer(transformers_experts, torch.bfloat16, 1.0, "transformers"),
     # Each call adds the product of the adapters to a copy of all weights, and its backward holds another.
     "peft": Peer(transformers_peft, torch.bfloat16, 5.0, "peft", slow=True),
+    "peft-jitmoe": Peer(peft_on_jitmoe, torch.bfloat16, 1.0, "peft", slow=True),
 }
 
 
@@ -146,7 +172,7 @@ def share_memory(names: Iterable[str], base_bytes: int, budget: float) -> list[l
     return batches
 
 
-def _transformers_module(workload: Workload, base: Base) -> nn.Module:
+def _transformers_module(workload: Workload, base: Base, implementation: str) -> nn.Module:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -156,7 +182,7 @@ def _transformers_module(workload: Workload, base: Base) -> nn.Module:
         moe_intermediate_size=workload.intermediate,
         num_experts_per_tok=workload.top_k,
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
         experts: nn.Module = Qwen3MoeExperts(config)
     experts.gate_up_proj = nn.Parameter(torch.cat([base.gate_proj, base.up_proj], dim=1))

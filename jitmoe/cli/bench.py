@@ -58,7 +58,7 @@ def bench(
         typer.Option(
             metavar="NAMES",
             help="all, none, or some, comma-separated, of torch-bf16, torch-f32, grouped-bf16, grouped-f32, "
-            "transformers, peft; peft takes minutes and is not in all",
+            "transformers, peft, peft-jitmoe; peft takes minutes, and the last two are not in all",
         ),
     ] = "all",
     repeat: Annotated[int, typer.Option(metavar="N", help="rounds; figures are medians of them")] = 5,
@@ -74,6 +74,11 @@ def bench(
             help="memory of our layer beside its plan, in processes of its own; default W1 W2 W4 W6s",
         ),
     ] = False,
+    loading: Annotated[
+        bool,
+        typer.Option("--loading", help="memory and time to load a checkpoint of 2 GB that it makes, or of --gigabytes"),
+    ] = False,
+    gigabytes: Annotated[float, typer.Option(metavar="N", help="size of the checkpoint of --loading")] = 2.0,
     targets: Annotated[
         bool,
         typer.Option("--targets", help="all targets beside what this machine reaches; takes 10 to 30 minutes"),
@@ -83,7 +88,8 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="write a PNG: the roofline, or the sweep")] = None,
 ) -> None:
     """Measure the layer beside this machine's ceilings and peers."""
-    mode = _mode({"phases": phases, "predict": predict, "memory": memory, "targets": targets, "sweep": bool(sweep)})
+    modes = {"phases": phases, "predict": predict, "memory": memory, "loading": loading, "targets": targets}
+    mode = _mode({**modes, "sweep": bool(sweep)})
     from jitmoe.bench import machine, report
     from jitmoe.bench.contenders import refuse_watching
     from jitmoe.bench.measure import Options
@@ -99,7 +105,7 @@ def bench(
     sizes = (num_experts, hidden_size, intermediate_size, top_k, lora_rank, tokens)
     own = {field: size for field, size in zip(SIZES, sizes, strict=True) if size is not None}
     chosen = _workloads(workloads or [], own, zipf, mode)
-    run = Run([w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot)
+    run = Run([w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot, gigabytes)
     _check_one_isa(mode, run.workloads, options.isas)
     _check_files(mode, json_file, plot)
     machine.use_threads(threads)
@@ -150,8 +156,8 @@ def _check_files(mode: str, json_file: Path | None, plot: Path | None) -> None:
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")
     if plot:
-        if mode in ("phases", "predict", "memory"):
-            raise BenchError("--plot draws a roofline or a sweep; --phases, --predict and --memory have no picture")
+        if mode in ("phases", "predict", "memory", "loading"):
+            raise BenchError(f"--plot draws a roofline or a sweep; --{mode} has no picture")
         from jitmoe.bench.plot import require_matplotlib
 
         require_matplotlib()

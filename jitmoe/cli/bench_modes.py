@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jitmoe.bench import machine, plot, report
+from jitmoe.bench import loading, machine, plot, report
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.footprint import footprint_json, footprint_table, measure_footprints
 from jitmoe.bench.measure import Options, compare
@@ -19,7 +19,7 @@ from jitmoe.oracle.workloads import W6, WORKLOADS, Workload
 
 @dataclass(frozen=True)
 class Run:
-    """What the user asked for; ``axis`` is that of a sweep, ``plot`` the file of a picture."""
+    """What the user asked for: ``axis`` of a sweep, file of a ``plot``, ``gigabytes`` of a model to load."""
 
     workloads: list[Workload]
     options: Options
@@ -27,6 +27,7 @@ class Run:
     quick: bool
     axis: str | None
     plot: Path | None
+    gigabytes: float
 
     @property
     def title(self) -> str:
@@ -73,6 +74,12 @@ def _memory(run: Run) -> dict[str, Any]:
     return {"memory": [footprint_json(footprint) for footprint in found]}
 
 
+def _loading(run: Run) -> dict[str, Any]:
+    found = loading.measure_loading(run.gigabytes, run.threads)
+    print(f"\n{loading.loading_table(found)}")
+    return {"loading": loading.loading_json(found)}
+
+
 def _sweep(run: Run) -> dict[str, Any]:
     assert run.axis is not None
     sweep = run_sweep(run.axis, run.workloads[0], run.options, run.threads, run.quick)
@@ -94,6 +101,7 @@ MODES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "phases": _phases,
     "targets": _targets,
     "memory": _memory,
+    "loading": _loading,
     "sweep": _sweep,
     "predict": _predict,
 }

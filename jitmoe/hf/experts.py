@@ -12,7 +12,7 @@ from jitmoe.experts.functional import Base, moe_experts, pack_base
 from jitmoe.experts.pack import PackedExperts
 from jitmoe.experts.passes import spec_of
 from jitmoe.hf import peft_lora
-from jitmoe.hf.layout import PARTS, WeightName
+from jitmoe.hf.layout import PARTS, Layout, WeightName
 from jitmoe.hf.packed import Packed
 from jitmoe.hf.understand import BIASES, Understood, class_name, refused, understand
 from jitmoe.hf.weight import PackedWeight
@@ -107,12 +107,12 @@ def pack_parameter(module: Any, name: WeightName, understood: Understood) -> Non
     plain = module._parameters[name]
     if isinstance(plain, PackedWeight):
         return
-    packed = Packed.of(understood.layout, name, partial(_matrix, plain.detach()))
+    packed = Packed.of(understood.layout, name, partial(_parts, understood.layout, name, plain.detach()))
     module._parameters[name] = nn.Parameter(PackedWeight(packed), plain.requires_grad)
 
 
-def _matrix(weight: Tensor, expert: int) -> Tensor:
-    return weight[expert]
+def _parts(layout: Layout, name: WeightName, weight: Tensor, expert: int) -> list[Tensor]:
+    return layout.split(weight[expert], PARTS[name])
 
 
 def unpack_module(module: Any) -> None:

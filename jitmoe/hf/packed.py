@@ -3,10 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from jitmoe.experts.pack import empty_packed, pack_experts, unpack_experts
+from jitmoe.experts.pack import check_base, empty_packed, pack_experts, unpack_experts
 from jitmoe.hf.layout import PARTS, Layout, WeightName
+from jitmoe.process import usable_threads
+
+BATCH_BYTES = 8 << 20
+"""Bytes that are packed at a time."""
 
 
 @dataclass(eq=False)
@@ -32,11 +37,28 @@ class Packed:
         return cls(layout, name, {part: empty_packed(layout.experts, *layout.extent(part)) for part in parts})
 
     @classmethod
-    def of(cls, layout: Layout, name: WeightName, matrix_of: Callable[[int], Tensor]) -> "Packed":
-        """Packed from the matrix of each expert, bfloat16 in the module's own layout."""
+    def of(cls, layout: Layout, name: WeightName, parts_of: Callable[[int], Sequence[Tensor]]) -> "Packed":
+        """Packed from the projections of each expert, bfloat16 [out, in], in batches that several threads share.
+
+        Raises:
+            InputError: a matrix has another shape; names weight and expert.
+            InputTypeError: a matrix is not bfloat16.
+        """
         packed = cls.empty(layout, name)
-        for expert in range(layout.experts):
-            packed.write(expert, matrix_of(expert))
+        kernels, threads = layout.packing_kernels(), usable_threads(torch.get_num_threads())
+        extents = [layout.extent(part) for part in packed.parts]
+        count = max(1, BATCH_BYTES // sum(2 * out * in_ for out, in_ in extents))
+        stages = [torch.empty(min(count, layout.experts), *extent, dtype=torch.int16) for extent in extents]
+        for first in range(0, layout.experts, count):
+            batch = range(first, min(first + count, layout.experts))
+            for place, expert in enumerate(batch):
+                for stage, extent, matrix in zip(stages, extents, parts_of(expert), strict=True):
+                    check_base(f"{name}[{expert}]", matrix, extent)
+                    # NumPy copies on this thread: to wake others costs more, on a busy machine much more.
+                    stage.numpy()[place] = matrix.detach().view(torch.int16).numpy()
+            for part, stage, extent in zip(packed.parts, stages, extents, strict=True):
+                target = packed.tensors[part][first]
+                kernels.pack(stage.data_ptr(), target.data_ptr(), len(batch), *extent, threads)
         return packed
 
     @property

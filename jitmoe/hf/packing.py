@@ -5,7 +5,7 @@ tensors it reads and packs one after the other, where the loader would stack the
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,18 +84,25 @@ class Packer(HfQuantizer):  # type: ignore[misc]
         """As a plain model."""
         return True
 
-    def pack(self, param_name: str, matrix_of: Callable[[int], Tensor]) -> nn.Parameter:
-        """The parameter, from a file that was packed before or from the matrices of the checkpoint."""
+    def pack(self, param_name: str, parts_of: Callable[[int], Sequence[Tensor]]) -> nn.Parameter:
+        """The parameter, from a file that was packed before or from the projections of each expert."""
         place = self._place(param_name)
         assert place is not None
         module, name = place
         understood = self.understood[module]
         packed = None if self.folder is None else self.folder.find(module, name, understood)
         if packed is None:
-            packed = Packed.of(understood.layout, name, matrix_of)
+            packed = Packed.of(understood.layout, name, parts_of)
             if self.folder is not None:
                 packed = self.folder.keep(module, packed, understood)
         return nn.Parameter(PackedWeight(packed))
+
+    def split(self, param_name: str, matrix_of: Callable[[int], Tensor], expert: int) -> list[Tensor]:
+        """The projections in an expert's matrix of a stacked weight."""
+        place = self._place(param_name)
+        assert place is not None
+        module, name = place
+        return self.understood[module].layout.split(matrix_of(expert), PARTS[name])
 
     def _place(self, param_name: str) -> tuple[str, WeightName] | None:
         """The experts module and the weight of this name."""
@@ -150,9 +157,9 @@ class Streaming(WeightConverter):  # type: ignore[misc]
         return plain.reverse_transform()
 
 
-def _rows(checkpoint: Checkpoint, columns: list[list[str]], expert: int) -> Tensor:
-    """Matrices of one expert, one below the other as the stacking operations of transformers have them."""
-    return torch.cat([checkpoint.read(names[expert]) for names in columns])
+def _rows(checkpoint: Checkpoint, columns: list[list[str]], expert: int) -> list[Tensor]:
+    """Projections of one expert, in the order in which the stacking operations of transformers take them."""
+    return [checkpoint.read(names[expert]) for names in columns]
 
 
 class PackStacked(ConversionOps):  # type: ignore[misc]
@@ -171,7 +178,7 @@ class PackStacked(ConversionOps):  # type: ignore[misc]
             stacked = given[0] if isinstance(given, list) else given
             source = source_patterns[0]
             matrix_of = checkpoint.matrices(source) if source in checkpoint else partial(_matrix, stacked)
-            packed[name] = self.packer.pack(name, matrix_of)
+            packed[name] = self.packer.pack(name, partial(self.packer.split, name, matrix_of))
         return packed
 
 

@@ -10,7 +10,8 @@ from jitmoe.hf.experts import PREPARED, Prepared
 from jitmoe.hf.layout import PARTS
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.hf.understand import class_name, is_experts, understand
-from jitmoe.jit.capability import describe
+from jitmoe.hf.weight import PackedWeight
+from jitmoe.jit.capability import describe, resolve_isa
 
 
 def report(model: nn.Module) -> str:
@@ -45,7 +46,9 @@ def _state(module: Any, wrappers: list[Any]) -> str:
     sizes = f"{layout.experts} experts {layout.hidden}x{layout.intermediate}, {understood.activation}"
     sizes += ", biases" if understood.bias else ""
     prepared: Prepared | None = module.__dict__.get(PREPARED)
-    state = "packed at the first call" if prepared is None else f"{describe(prepared.base.isa)}, packed bfloat16"
+    packed = all(isinstance(module._parameters[name], PackedWeight) for name in PARTS)
+    isa = resolve_isa(understood.config().requested_isa) if prepared is None else prepared.base.isa
+    state = f"{describe(isa)}, {'packed bfloat16' if packed else 'packed at the first call'}"
     return f"jitmoe, {sizes}, {state}, {_adapters(wrappers)}"
 
 
