@@ -12,6 +12,7 @@ from torch import nn
 import jitmoe
 from jitmoe.errors import ConfigError, UnsupportedExpertsError
 from jitmoe.hf.understand import understand
+from jitmoe.jit.capability import describe, resolve_isa
 
 ALL_EXPERTS_FUNCTIONS = pytest.importorskip("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
 
@@ -145,7 +146,10 @@ def test_the_report_has_a_line_for_each_module(capsys: pytest.CaptureFixture[str
     said = jitmoe.hf.report(ours)
     assert capsys.readouterr().out == said + "\n"
     first, second = said.splitlines()
-    assert first == ("model.layers.0.mlp.experts: jitmoe, 7 experts 46x27, silu, packed at the first call, no adapters")
+    isa = describe(resolve_isa("auto"))
+    assert first == (
+        f"model.layers.0.mlp.experts: jitmoe, 7 experts 46x27, silu, {isa}, packed at the first call, no adapters"
+    )
     assert "model.layers.1.mlp.experts: NOT on jitmoe: Qwen3MoeExperts cannot run" in second
 
 

@@ -1,13 +1,13 @@
 """An experts module of transformers on our kernels: packed at its first call, called with whatever PEFT has active."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jitmoe.errors import FrozenWeightsError, UnsupportedExpertsError
+from jitmoe.errors import FrozenWeightsError, InputError, UnsupportedExpertsError
 from jitmoe.experts.functional import Base, moe_experts, pack_base
 from jitmoe.experts.pack import PackedExperts
 from jitmoe.experts.passes import spec_of
@@ -29,11 +29,23 @@ class Prepared:
         understood: what the module computes.
         base: for the functional core, over the memory of the module's packed weights.
         seen: the memory, its writes and the biases that ``base`` was made from.
+        bases: ``base`` by the number of experts a token, as they were asked for.
     """
 
     understood: Understood
     base: Base
     seen: tuple[Any, ...]
+    bases: dict[int, Base] = field(default_factory=dict)
+
+    def base_for(self, top_k: int) -> Base:
+        """``base`` for calls with this many experts a token, which is a fact of a call."""
+        found = self.bases.get(top_k)
+        if found is None:
+            if torch.compiler.is_compiling():
+                raise _not_packed()
+            config = replace(self.base.config, top_k=top_k)
+            found = self.bases[top_k] = replace(self.base, config=config, spec=spec_of(config, self.base.isa))
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied module prepares itself: its weights lie elsewhere."""
@@ -60,11 +72,11 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
         FrozenWeightsError: in backward, where the base weights should be trained.
     """
     prepared = prepare(module)
-    base = _for_call(prepared.base, top_k_index.shape[-1])
+    base = prepared.base_for(top_k_index.shape[-1])
     adapters = peft_lora.adapters_of(module, prepared.understood.layout)
     out = moe_experts(hidden_states, top_k_index, top_k_weights, base, adapters)
-    trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-    if trained and torch.is_grad_enabled():
+    trained = _trained(module) if torch.is_grad_enabled() else []
+    if trained:
         out = _Frozen.apply(out, class_name(module), *trained)  # type: ignore[no-untyped-call]
     return out
 
@@ -86,7 +98,11 @@ def prepare(module: Any) -> Prepared:
     Raises:
         UnsupportedExpertsError: jitmoe has no kernel for this module; it is unchanged.
     """
-    prepared: Prepared | None = module.__dict__.get(PREPARED)
+    prepared: Prepared | None = getattr(module, PREPARED, None)
+    if torch.compiler.is_compiling():  # a graph keeps the weights that it was made with
+        if prepared is None:
+            raise _not_packed()
+        return prepared
     if prepared is not None and _seen(module) == prepared.seen:
         return prepared
     understood = understand(module)
@@ -98,6 +114,7 @@ def prepare(module: Any) -> Prepared:
     biases = _biases(module, understood)
     base = pack_base(understood.config(), *(PackedExperts(tensors[part]) for part in ("gate", "up", "down")), **biases)
     prepared = Prepared(understood, base, _seen(module))
+    prepared.base_for(getattr(module.config, "num_experts_per_tok", None) or 1)
     module.__dict__[PREPARED] = prepared
     return prepared
 
@@ -122,6 +139,17 @@ def unpack_module(module: Any) -> None:
         if isinstance(weight, PackedWeight):
             module._parameters[name] = nn.Parameter(weight.unpack(), weight.requires_grad)
     module.__dict__.pop(PREPARED, None)
+
+
+def _not_packed() -> InputError:
+    return InputError("a compiler cannot pack the experts: call jitmoe.hf.pack(model) before torch.compile")
+
+
+def _trained(module: Any) -> list[Tensor]:
+    """Parameters that want a gradient; none in a compiled graph, which cannot hold packed ones."""
+    if torch.compiler.is_compiling():
+        return []
+    return [parameter for parameter in module._parameters.values() if parameter.requires_grad]
 
 
 def _seen(module: Any) -> tuple[Any, ...]:
@@ -152,11 +180,6 @@ def _biases(module: Any, understood: Understood) -> dict[str, Tensor]:
     fused, down = (module._parameters[name].detach().float() for name in BIASES)
     gate, up = understood.layout.split_vector(fused)
     return {"gate_bias": gate.contiguous(), "up_bias": up.contiguous(), "down_bias": down.contiguous()}
-
-
-def _for_call(base: Base, top_k: int) -> Base:
-    config = replace(base.config, top_k=top_k)
-    return replace(base, config=config, spec=spec_of(config, base.isa))
 
 
 class _Frozen(torch.autograd.Function):
