@@ -76,16 +76,16 @@ SPREAD = 2.0
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **others: Any) -> Any:
     name, fields = FAMILIES[family]
-    return getattr(transformers, name)(**{**COMMON, **fields})
+    return getattr(transformers, name)(**{**COMMON, **fields, **others})
 
 
-def eager_model(family: str, seed: int = 0, **kwargs: Any) -> Any:
+def eager_model(family: str, seed: int = 0, **fields: Any) -> Any:
     """A bfloat16 model on the eager experts, whose values are large enough for experts to matter."""
     torch.manual_seed(seed)  # for what is left as it was made
     model = transformers.AutoModelForCausalLM.from_config(
-        config_of(family), dtype=torch.bfloat16, experts_implementation="eager", **kwargs
+        config_of(family, **fields), dtype=torch.bfloat16, experts_implementation="eager"
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 
 from jitmoe.cli import main
@@ -11,7 +12,7 @@ from jitmoe.cli import main
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train)", TEXT)))
+COMMANDS = sorted(set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train|convert)", TEXT)))
 
 
 def test_python_blocks_run_one_after_the_other(
@@ -20,10 +21,15 @@ def test_python_blocks_run_one_after_the_other(
     """In one session, as a reader would type them."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    families.eager_model("qwen3_moe", vocab_size=1000).save_pretrained("Qwen3-30B-A3B")  # a tiny one by that name
     names: dict[str, Any] = {}
-    for number, block in enumerate(BLOCKS):
+    for block in BLOCKS:
         exec(compile(block, str(README), "exec"), names)
-        if number == 0:
+        if "from_pretrained" in block:
+            gradients = {name for name, p in names["model"].named_parameters() if p.grad is not None}
+            assert len(gradients) == 2 * families.LAYERS * (2 + 2), gradients
+            assert "active" in capsys.readouterr().out
+        if "MoELayer(config, gate, up, down)" in block:
             layer, x, y = names["layer"], names["x"], names["y"]
             assert y.shape == x.shape and x.grad.count_nonzero() > 0
             # B starts at zero, so its gradient is the one that is not.
@@ -33,7 +39,7 @@ def test_python_blocks_run_one_after_the_other(
     assert re.search(
         r"^layer 0, call 0 \(forward\): x of expert \d+ has 1 NaN .*token 3,.*column 17", out, re.MULTILINE
     )
-    assert {path.name for path in tmp_path.iterdir()} == {"experts.packed", "trace.png", "call.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"experts.packed", "trace.png", "call.pt", "Qwen3-30B-A3B"}
     assert main(["replay", "call.pt"]) == 0
 
 
