@@ -25,6 +25,7 @@ from jitmoe.errors import (
     SettingError,
     TraceError,
     TrainError,
+    TransformError,
     UnsupportedExpertsError,
     WeightsChangedError,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "SettingError",
     "TraceError",
     "TrainError",
+    "TransformError",
     "UnsupportedExpertsError",
     "WeightsChangedError",
     "build",

@@ -25,6 +25,10 @@ class InputTypeError(JitmoeError, TypeError):
     """A tensor given to the layer has a dtype that the contract does not name."""
 
 
+class TransformError(JitmoeError, NotImplementedError):
+    """A transform of torch.func that the experts cannot be put through."""
+
+
 class WeightsChangedError(JitmoeError, RuntimeError):
     """The frozen, packed base weights were written to after the layer was built."""
 

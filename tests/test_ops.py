@@ -1,10 +1,14 @@
 """The operators of torch: registered as torch wants them, one node in a compiled graph, the same bits."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import build_kernels, case_named, layer_of, same_bits, usable_isas
+from torch import Tensor
 from yardstick import Case, make_inputs, results_of_layer
 
+from jitmoe.errors import TransformError
 from jitmoe.experts.ops import experts
 from jitmoe.experts.passes import spec_of
 
@@ -59,3 +63,38 @@ def test_saved_tensors_may_come_back_in_another_form() -> None:
     with torch.autograd.graph.saved_tensors_hooks(other_strides, lambda tensor: tensor):
         found = results_of_layer(layer, inputs)
     assert [name for name in expected if not same_bits(found[name], expected[name])] == []
+
+
+def transformed(inputs: Any) -> tuple[Any, Tensor]:
+    layer = layer_of(inputs, ISA)
+    return lambda x: layer(x, inputs.topk_ids, inputs.weights).float().sum(), inputs.x
+
+
+def test_torch_func_grad_gives_the_bits_of_backward() -> None:
+    inputs = make_inputs(case_named("small"))
+    layer = layer_of(inputs, ISA)
+
+    def loss(x: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, lora, (x, inputs.topk_ids, weights)).float().sum()
+
+    lora = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    x_grad, weights_grad, lora_grads = torch.func.grad(loss, (0, 1, 2))(inputs.x, inputs.weights, lora)
+    x, weights = inputs.x.clone().requires_grad_(), inputs.weights.clone().requires_grad_()
+    layer(x, inputs.topk_ids, weights).float().sum().backward()
+    assert same_bits(x_grad, x.grad) and same_bits(weights_grad, weights.grad)
+    assert all(same_bits(lora_grads[name], parameter.grad) for name, parameter in layer.named_parameters())
+
+
+REFUSED = {
+    "vmap": (lambda f, x: torch.func.vmap(f)(x[None].expand(2, *x.shape)), "give them all tokens in one call"),
+    "jvp": (lambda f, x: torch.func.jvp(f, (x,), (x,)), "no forward-mode derivative"),
+    "jacrev": (lambda f, x: torch.func.jacrev(lambda x: f(x).expand(2))(x), "take vjp or grad"),
+    "hessian": (lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).float().sum())(x), "no second derivative"),
+}
+
+
+@pytest.mark.parametrize("transform", REFUSED)
+def test_other_transforms_are_refused_in_words(transform: str) -> None:
+    apply, words = REFUSED[transform]
+    with pytest.raises(TransformError, match=words):
+        apply(*transformed(make_inputs(case_named("small"))))

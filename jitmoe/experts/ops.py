@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jitmoe.errors import WeightsChangedError
+from jitmoe.errors import TransformError, WeightsChangedError
 from jitmoe.experts import passes
 from jitmoe.experts.lora import rank_of
 from jitmoe.experts.pack import version_of
@@ -69,6 +69,8 @@ def apply(
     """out [T, H], differentiable in x, the routing weights and LoRA; arguments as of the operator."""
     if torch.compiler.is_compiling():
         out: Tensor = experts(x, topk_ids, weights, base, lora, spec, scale, saves)[0]
+    elif torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func is at work
+        out = TransformedExperts.apply(x, topk_ids, weights, base, spec, scale, saves, *lora)[0]  # type: ignore[no-untyped-call]
     else:
         out = Experts.apply(x, topk_ids, weights, base, spec, scale, saves, *lora)  # type: ignore[no-untyped-call]
     return out
@@ -101,6 +103,89 @@ class Experts(torch.autograd.Function):
         wants_x, _, wants_weights, _, _, _, _, *wants_lora = ctx.needs_input_grad
         x, weights, lora = _gradients(ctx, passes.backward, out_grad, wants_x, wants_weights, any(wants_lora))
         return x, None, weights, None, None, None, None, *lora
+
+
+class TransformedExperts(torch.autograd.Function):
+    """The same for ``torch.func.grad`` and ``vjp``, which want a context of its own; the others it refuses by name."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        topk_ids: Tensor,
+        weights: Tensor,
+        base: list[Tensor],
+        spec: str,
+        scale: float,
+        saves: bool,
+        *lora: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Run forward; what is saved is a result too."""
+        return tuple(passes.forward(x, topk_ids, weights, base, list(lora), spec, scale, True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what backward needs."""
+        x, topk_ids, weights, base, spec, scale, _, *lora = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        _keep(ctx, x, topk_ids, weights, base, lora, spec, scale, list(output[1:]))
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run backward, as a function of its own: what it is given here may be wrapped."""
+        wants_x, _, wants_weights, _, _, _, _, *wants_lora = ctx.needs_input_grad
+        x, weights, lora = _gradients(ctx, _unwrapped_backward, out_grad, wants_x, wants_weights, any(wants_lora))
+        return x, None, weights, None, None, None, None, *lora
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        """Refuse: a batch of calls is a call with more tokens."""
+        raise TransformError("torch.func.vmap cannot map the experts: give them all tokens in one call")
+
+    @staticmethod
+    def jvp(*_: Any) -> None:
+        """Refuse: the kernels have no forward-mode derivative."""
+        raise TransformError("the experts have no forward-mode derivative: take torch.func.vjp or grad")
+
+
+class TransformedBackward(torch.autograd.Function):
+    """Backward of :class:`TransformedExperts`; it has no derivative."""
+
+    @staticmethod
+    def forward(counts: tuple[int, int], base: list[Tensor], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
+        """Run backward."""
+        adapters, _ = counts
+        out_grad, x, topk_ids, weights, *others = tensors
+        lora, saved = others[:adapters], others[adapters:]
+        return tuple(passes.backward(out_grad, x, topk_ids, weights, base, lora, saved, *rest))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        """Refuse."""
+        raise TransformError("the experts have no second derivative")
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        """Refuse."""
+        raise TransformError("torch.func.vmap cannot map backward of the experts, as jacrev does: take vjp or grad")
+
+
+def _unwrapped_backward(
+    out_grad: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    weights: Tensor,
+    base: list[Tensor],
+    lora: list[Tensor],
+    saved: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    tensors = (out_grad, x, topk_ids, weights, *lora, *saved)
+    grads: tuple[Tensor, ...] = TransformedBackward.apply((len(lora), len(saved)), base, rest, *tensors)  # type: ignore[no-untyped-call]
+    return list(grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
