@@ -9,7 +9,7 @@ from torch import Tensor
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import ops
-from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
+from jitmoe.experts.inputs import FLOATS, check_bias, check_dense, check_plain
 from jitmoe.experts.pack import ExpertSource, PackedExperts, Seal, empty_packed, pack_experts
 from jitmoe.experts.passes import spec_of
 from jitmoe.jit import kernels
@@ -38,6 +38,15 @@ class Base:
     packed: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     seal: Seal
+
+    def check_forms(self) -> None:
+        """Look that the packed tensors are those of :func:`pack_base` in shape, dtype and strides.
+
+        Raises:
+            WeightsChangedError: another one was put in the place of one; names the projection.
+        """
+        for name, tensor in self.packed.items():
+            self.seal.check_form(name, tensor)
 
     def check_seal(self) -> None:
         """Look that nobody wrote to the packed weights.
@@ -165,18 +174,19 @@ def moe_experts(x: Tensor, topk_ids: Tensor, weights: Tensor, base: Base, adapte
     lora = _checked(config, adapters) if adapters is not None else []
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
     _check_budget(base, x, lora, saves)
+    base.check_forms()
     if not torch.compiler.is_compiling():  # a graph holds its weights, and looks at no counter of writes
         base.check_seal()
-    rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
     frozen = [*base.packed.values(), *base.biases.values()]
     scale = adapters.scale if adapters is not None else 0.0
-    out = ops.apply(rows, ids, weights.reshape(-1, top_k), frozen, lora, base.spec, scale, saves)
-    return out.reshape(x.shape)
+    return ops.apply(x, topk_ids, weights, frozen, lora, base.spec, scale, saves)
 
 
 def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:
     """The six tensors: dense, of one dtype and of the shapes of one rank."""
     lora = adapters.tensors()
+    for name, tensor in zip(LORA_NAMES, lora, strict=True):
+        check_plain(name, tensor)
     rank = lora[0].shape[1] if lora[0].dim() == 3 else 0
     shapes = lora_shapes(config.hidden_size, config.intermediate_size, config.num_experts, max(rank, 1))
     for name, shape, tensor in zip(LORA_NAMES, shapes.values(), lora, strict=True):
@@ -188,7 +198,7 @@ def _checked(config: MoEConfig, adapters: Adapters) -> list[Tensor]:
             raise InputError(
                 f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
             )
-    return [tensor.resolve_neg() for tensor in lora]
+    return lora
 
 
 def _check_budget(base: Base, x: Tensor, lora: list[Tensor], trains: bool) -> None:

@@ -30,6 +30,17 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(pages, dtype=np.uint8)
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Where the system has no memory left, torch's allocator says RuntimeError and everything else MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "size calculation overflowed" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
 class Arenas:
     """Arenas that no call is using; a call takes one for its duration.
 
