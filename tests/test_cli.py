@@ -13,7 +13,7 @@ from helpers import run_python
 from jitmoe import settings
 from jitmoe.cli import doctor, main
 from jitmoe.isa import ISAS, IsaChoice
-from jitmoe.jit import cache, capability
+from jitmoe.jit import capability, location
 from jitmoe.jit.render import Instance, render
 from jitmoe.plan.shapes import Shape
 
@@ -255,7 +255,7 @@ class TestCache:
             ["ref_h64_i32_r32_m14_f32", "intact"],
             ["ref_h64_i32_r32_m4_f32", "intact"],
         ]
-        cache.open_cache().entries()[0].directory.joinpath("kernel.so").unlink()
+        location.open_place().entries()[0].directory.joinpath("kernel.so").unlink()
         assert run("cache", "list")[1].splitlines()[1].split()[1] == "damaged"
         assert run("cache", "clear") == (0, f"removed 2 kernels from {cold_cache}\n", "")
         assert run("cache", "list")[1] == f"no kernels in {cold_cache}\n"

