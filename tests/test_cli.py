@@ -84,7 +84,7 @@ class TestHelp:
         assert get_args(IsaChoice) == ("auto", *ISAS)
 
     @pytest.mark.parametrize(
-        "arguments", ["--help", "doctor", "cache list", "estimate --isa ref --tokens 8 --num-experts 4 --top-k 2 "
+        "arguments", ["--help", "cache list", "estimate --isa ref --tokens 8 --num-experts 4 --top-k 2 "
                       "--hidden-size 64 --intermediate-size 32"]
     )  # fmt: skip
     def test_what_needs_no_torch_does_not_load_it(self, arguments, cold_cache):
@@ -143,7 +143,7 @@ class TestDoctor:
         status, out, err = run("doctor")
         assert (status, err) == (0, "")
         rows = {line.split()[0]: line for line in out.splitlines() if line}
-        assert {"torch", "numba", "cpu", "isa", "threads", "cache", "compiler", "openmp"} <= set(rows)
+        assert {"torch", "numba", "cpu", "isa", "threads", "cache", "compiler", "kernel", "layer"} <= set(rows)
         for found in capability.capabilities():
             assert rows[found.isa].split()[1] == ("yes" if found.usable else "no")
             assert found.reason in rows[found.isa]
