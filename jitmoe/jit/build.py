@@ -1,7 +1,6 @@
 """From rendered instances to shared libraries: looks into the cache and compiles what is missing."""
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,12 @@ from jitmoe.jit import abi, cache, library, location, render, toolchain
 from jitmoe.jit.location import Place
 from jitmoe.jit.render import Instance, Program
 from jitmoe.jit.toolchain import Compiler
+from jitmoe.limits import available_memory, usable_cpus
 from jitmoe.plan.shapes import Shape
 from jitmoe.progress import track
+
+COMPILER_BYTES = 1 << 29
+"""Memory of one compiler, generously: GCC 12 takes 260 MB for the largest kernel (2026-11-25)."""
 
 Headers = tuple[tuple[str, bytes], ...]
 """Path below the templates, with slashes, and content of each template header, in the order of the paths."""
@@ -69,7 +72,7 @@ def build_instances(
         CacheSecurityError: somebody else could write into the cache.
     """
     compiler, headers, store = _find_compiler(), template_headers(), store or location.open_place()
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(max_workers=_compilers()) as pool:
         futures = [pool.submit(_find_or_compile, instance, compiler, headers, store) for instance in instances]
         finished = (future.result() for future in as_completed(futures))
         try:
@@ -134,6 +137,11 @@ def _digest(parts: Sequence[str | bytes]) -> str:
 
 def _outcome(report: KernelReport) -> str:
     return f"{report.shape.name} {report.status} {report.seconds:.1f} s"
+
+
+def _compilers() -> int:
+    """Compilers at a time: one a CPU, and fewer where memory is short."""
+    return max(1, min(usable_cpus(), available_memory() // COMPILER_BYTES))
 
 
 def _find_compiler() -> Compiler | BuildError:

@@ -11,7 +11,6 @@ An entry appears by one rename of a finished directory, so a reader sees all of 
 """
 
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -20,7 +19,6 @@ import re
 import secrets
 import shutil
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from typing import Any
 import filelock
 
 from jitmoe.errors import BuildError
+from jitmoe.files import acquire, warn_once
 from jitmoe.jit import trust
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,6 @@ META_BYTES = 1 << 16
 
 PREFIX_DIGITS = 32
 _OUR_NAMES = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS}}}(\.lock|(\.[0-9a-f]+)?\.tmp|\.bad|\.log)?")
-
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-"""What flock says where the file system has no locks (Lustre, some FUSE and network file systems)."""
 
 NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
 """What the system says where it does not offer modes."""
@@ -105,16 +101,12 @@ class Cache:
         lock = filelock.FileLock(self._path(key, ".lock"), timeout=timeout, mode=0o600, fallback_to_soft=False)
         try:
             try:
-                lock.acquire()
-            except filelock.Timeout:
+                acquire(lock)
+            except BlockingIOError:
                 raise BuildError(
                     f"another process held {lock.lock_file} for {timeout:g} s: "
                     "it compiles the same kernel or is stopped"
                 ) from None
-            except (OSError, NotImplementedError) as error:
-                if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                    raise
-                _warn_once(f"there are no file locks in {self.root} ({error}): processes may compile a kernel twice")
             yield lock.is_locked
         finally:
             lock.release()
@@ -245,7 +237,7 @@ def _restrict(path: Path) -> None:
     except OSError as error:
         if error.errno not in NOT_HERE:
             raise
-        _warn_once(f"modes cannot be set in {path.parent.parent}: {error}")
+        warn_once(f"modes cannot be set in {path.parent.parent}: {error}")
 
 
 def _sync(path: Path) -> None:
@@ -261,12 +253,7 @@ def _sync_directory(path: Path) -> None:
     try:
         _sync(path)
     except OSError as error:
-        _warn_once(f"directories cannot be synchronised in {path}: {error}")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn_once(f"directories cannot be synchronised in {path}: {error}")
 
 
 def _remove(path: Path) -> None:
