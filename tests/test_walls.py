@@ -27,7 +27,7 @@ MAY_USE = {
     "numba": {"host"},
     "ctypes": {"jit.kernels", "jit.library", "jit.programs"},
     "subprocess": {"jit.toolchain"},
-    "llvmlite": {"host.compiled", "jit.cpu"},
+    "llvmlite": {"jit.cpu"},
     "filelock": {"files", "jit.cache"},
     "platformdirs": {"jit.location"},
     "safetensors": {"experts.pack", "hf"},

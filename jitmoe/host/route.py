@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.host.compiled import interruptible, jit
+from jitmoe.host.compiled import jit
+from jitmoe.process import compiled_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ def route(topk_ids: np.ndarray, num_experts: int, allow_skip: bool = False) -> R
     if topk_ids.ndim != 2:
         raise InputError(f"topk_ids must be 2-D [tokens, top_k], got shape {topk_ids.shape}")
     ids = np.ascontiguousarray(topk_ids)
-    with interruptible():
+    with compiled_call():
         if not allow_skip:
             _refuse_outside(ids, num_experts)
         return Route(*_sort_slots(ids, num_experts))

@@ -9,8 +9,9 @@ import numpy.typing as npt
 from numba import carray  # type: ignore[attr-defined]
 
 from jitmoe.errors import InputError, InputTypeError
-from jitmoe.host.compiled import interruptible, jit
+from jitmoe.host.compiled import jit
 from jitmoe.host.tokens import compile_callback
+from jitmoe.process import compiled_call
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def scan(values: np.ndarray) -> Scan:
         raise InputError(f"values must be 2-D, got shape {values.shape}")
     form = _FORMATS[values.dtype]
     floats = None if values.dtype == np.uint16 else values
-    with interruptible():
+    with compiled_call():
         found = _scan(values.view(form.integer), floats, form.magnitude, form.infinity)
     nan, inf, zero, first, low, high, total = found
     finite = values.size - nan - inf

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
 from jitmoe.host.compiled import callback, jit
-from jitmoe.process import Lock
+from jitmoe.process import Lock, compiled_call
 
 _GATHER_ROWS = "void(CPointer(uint16), int64, CPointer(int64), int64, int64, int64, CPointer(uint16), int64)"
 _SUM_ROWS = (
@@ -108,7 +108,7 @@ _compiling = Lock()
 def compile_callback(function: Callable[..., None], signature: str) -> Any:
     """The Numba cfunc of a module-level ``function``, compiled once and kept for the life of the process."""
     # functools.cache alone lets two threads compile at once and then drops one result, whose address is in use.
-    with _compiling:
+    with _compiling, compiled_call():
         return _compile_once(function, signature)
 
 

@@ -9,6 +9,9 @@ from jitmoe.errors import ConfigError
 TOTAL = ("num_hidden_layers", "num_layers", "n_layers")
 """Fields with the number of all layers."""
 
+MOST_LAYERS = 100_000
+"""Far beyond every model; each is looked at."""
+
 WITH_EXPERTS = ("sparse", "moe", "hash_moe", "E")
 """How a list, or a text of one letter a layer, calls a layer with experts."""
 
@@ -95,8 +98,8 @@ def count_expert_layers(fields: Mapping[str, Any]) -> int:
         ConfigError: a field has a value that it should not have.
     """
     total = next((fields[name] for name in TOTAL if fields.get(name) is not None), None)
-    if not isinstance(total, int) or not _is_count(total):
-        raise ConfigError(f"none of {', '.join(TOTAL)} is a positive int")
+    if not isinstance(total, int) or not _is_count(total) or total > MOST_LAYERS:
+        raise ConfigError(f"none of {', '.join(TOTAL)} is an int between 1 and {MOST_LAYERS}")
     listed = [name for name in LISTS if fields.get(name)]
     rules = {name: (LISTS | RULES)[name] for name in listed[:1] or RULES if fields.get(name) is not None}
     for name, rule in rules.items():
