@@ -1,4 +1,4 @@
-"""Faults from the field around the cache: hostile (Q), warm (F), poor systems (G), broken libraries (P), homes (J, R)."""
+"""Faults from the field around the cache: hostile (Q), warm (F), poor systems (G, H), libraries (P), homes (J, R)."""
 
 import ctypes
 import errno

@@ -207,7 +207,7 @@ class TestReadersOfForeignBytes:
         layer.capture(path)
         layer(inputs.x, inputs.topk_ids, inputs.weights).backward(inputs.dout)
         content = torch.load(path, weights_only=True)
-        values = (None, 7, "x", [1], torch.zeros(0), torch.zeros(2, 3), torch.zeros(1, 1, 1, dtype=torch.complex64))
+        values = (None, [1], torch.zeros(0), torch.zeros(2, 3, dtype=torch.complex64))
         for name in content:
             for value in values:
                 torch.save({**content, name: value}, path)

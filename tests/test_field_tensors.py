@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -555,6 +556,32 @@ def test_e_advice_to_convert_is_for_floats_alone(inputs: Inputs, dtype: torch.dt
     with pytest.raises(InputTypeError, match=advice) as raised:
         MoELayer(layer_of(inputs, ISA).config, **inputs.base() | {"up_proj": inputs.up_proj.to(dtype)})
     assert ("scales" in str(raised.value)) == ("scales" in advice)
+
+
+@pytest.mark.field("E")
+class TestShards:
+    @pytest.fixture
+    def index(self, inputs: Inputs, tmp_path: Path) -> Path:
+        from safetensors.torch import save_file
+
+        names = {f"experts.{expert}.up_proj.weight": matrix for expert, matrix in enumerate(inputs.up_proj)}
+        shards = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}
+        for shard in set(shards.values()):
+            save_file({n: t.clone() for n, t in names.items() if shards[n] == shard}, tmp_path / shard)
+        save_file({"stacked": inputs.up_proj}, tmp_path / "other.safetensors")
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": shards | {"stacked": "other.safetensors"}}))
+        return path
+
+    @pytest.mark.parametrize("name", ["experts.{expert}.up_proj.weight", "stacked"])
+    def test_e_an_index_names_the_files(self, inputs: Inputs, index: Path, name: str) -> None:
+        source = jitmoe.safetensors_source(index, name)
+        for expert, matrix in enumerate(inputs.up_proj):
+            assert same_bits(source(expert), matrix)
+
+    def test_e_a_tensor_that_it_does_not_name(self, index: Path) -> None:
+        with pytest.raises(InputError, match=r"names no file for experts\.9"):
+            jitmoe.safetensors_source(index, "experts.{expert}.up_proj.weight")(9)
 
 
 @pytest.mark.field("N")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import increment_version
 
-from jitmoe.config import MoEConfig
+from jitmoe.config import MoEConfig, read_fields
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
 from jitmoe.experts.inputs import check_plain, in_memory
 from jitmoe.experts.packed_file import map_packed
@@ -170,7 +170,7 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
     """Read the experts' matrices one by one from a safetensors file.
 
     Args:
-        path: the file.
+        path: the file, or the index of its shards (``model.safetensors.index.json``).
         name: of one stacked tensor [E, out, in], or with ``{expert}`` in it of one matrix for each expert, e.g.
             ``"model.layers.3.mlp.experts.{expert}.gate_proj.weight"``.
 
@@ -180,9 +180,21 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
     from safetensors import safe_open
 
     def read(expert: int) -> torch.Tensor:
-        with safe_open(str(path), framework="pt") as file:
+        tensor = name.format(expert=expert)
+        with safe_open(str(_shard_with(Path(path), tensor)), framework="pt") as file:
             matrix: torch.Tensor
-            matrix = file.get_tensor(name.format(expert=expert)) if "{expert}" in name else file.get_slice(name)[expert]
+            matrix = file.get_tensor(tensor) if "{expert}" in name else file.get_slice(name)[expert]
         return matrix
 
     return read
+
+
+def _shard_with(path: Path, tensor: str) -> Path:
+    """The file with ``tensor``: ``path`` itself, or the shard that it names as an index."""
+    if path.suffix != ".json":
+        return path
+    shards = read_fields(path, "an index of safetensors files").get("weight_map")
+    shard = shards.get(tensor) if isinstance(shards, dict) else None
+    if not isinstance(shard, str):
+        raise InputError(f"{path} names no file for {tensor}: it is no index of shards, or of another model")
+    return path.parent / shard

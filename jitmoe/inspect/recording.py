@@ -90,13 +90,13 @@ def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
 
 def _read_capture(content: Mapping[str, Any]) -> Recording:
     config = _captured_config(content["config"])
-    experts = _tensor(content, "experts").long()
+    experts = _integers(content, "experts")
     if not experts.numel():
         raise CaptureError("no expert was chosen in the captured call: there is nothing to compute")
     # An expert's place in the file, or -1: the call skipped the slots of experts that the file lacks.
     place = torch.full((config.num_experts,), -1)
     place[experts] = torch.arange(experts.numel())
-    ids = _tensor(content, "topk_ids").long()
+    ids = _integers(content, "topk_ids")
     kept = (ids >= 0) & (ids < config.num_experts)
     held = replace(config, num_experts=experts.numel())
     inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), held)
@@ -177,6 +177,13 @@ def _lora(content: Mapping[str, Any]) -> LoraTensors | None:
     if all(content.get(name) is None for name in LoraTensors._fields):
         return None
     return LoraTensors(*(_tensor(content, name) for name in LoraTensors._fields))
+
+
+def _integers(content: Mapping[str, Any], name: str) -> Tensor:
+    tensor = _tensor(content, name)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} has the dtype {tensor.dtype}, expected int64 or int32")
+    return tensor.long()
 
 
 def _tensor(content: Mapping[str, Any], name: str) -> Tensor:
