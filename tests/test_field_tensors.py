@@ -1,6 +1,7 @@
 """Faults from the field in tensors: no memory (A), other forms (K, L, M), frameworks (C), advice (E), memory (N)."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
