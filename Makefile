@@ -1,6 +1,7 @@
 # make demo   set everything up and fine-tune a small model      make test    set up and run the tests
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
+# make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize mutants check format setup clean compiler
+.PHONY: demo test test-slow sanitize faults mutants check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -30,6 +31,9 @@ sanitize: setup compiler
 	  $(BIN)/python -m pytest -m "not slow" -o cache_dir=out/sanitize tests/test_matrix.py tests/test_amx.py \
 	  tests/test_back_end.py \
 	  -k "(ragged_65 or no_lora or tails or padding or sums_start) and not groups"
+
+faults: setup compiler
+	$(BIN)/python tests/faults.py -q -m "not slow"
 
 # Some: python tests/mutants.py NAME ...
 mutants: setup compiler

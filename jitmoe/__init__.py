@@ -38,6 +38,7 @@ from jitmoe.version import __version__ as __version__
 if TYPE_CHECKING:
     from jitmoe.experts.functional import Adapters, FusedAdapters, moe_experts, pack_base
     from jitmoe.experts.layer import MoELayer
+    from jitmoe.experts.lora_state import load_lora_state_dict, lora_disabled, lora_state_dict, train_lora
     from jitmoe.experts.pack import safetensors_source
     from jitmoe.inspect.tracing import trace
 
@@ -71,21 +72,29 @@ __all__ = [
     "UnsupportedExpertsError",
     "WeightsChangedError",
     "build",
+    "load_lora_state_dict",
+    "lora_disabled",
+    "lora_state_dict",
     "moe_experts",
     "pack_base",
     "release_memory",
     "safetensors_source",
     "trace",
+    "train_lora",
 ]
 
 _LAZY = {
     "Adapters": "jitmoe.experts.functional",
     "FusedAdapters": "jitmoe.experts.functional",
     "MoELayer": "jitmoe.experts.layer",
+    "load_lora_state_dict": "jitmoe.experts.lora_state",
+    "lora_disabled": "jitmoe.experts.lora_state",
+    "lora_state_dict": "jitmoe.experts.lora_state",
     "moe_experts": "jitmoe.experts.functional",
     "pack_base": "jitmoe.experts.functional",
     "safetensors_source": "jitmoe.experts.pack",
     "trace": "jitmoe.inspect.tracing",
+    "train_lora": "jitmoe.experts.lora_state",
 }
 """Public names and their modules, loaded at first use: the command line works where torch is missing."""
 

@@ -146,7 +146,7 @@ def read_fields(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a JSON object, {what}")

@@ -1,13 +1,19 @@
 """Files that appear whole or not at all, whatever happens to the process that writes them."""
 
+import errno
+import functools
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import filelock
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""What flock says where the file system has no locks (Lustre, some FUSE and network file systems)."""
 
 
 @contextmanager
@@ -18,11 +24,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A reader that has the old file open or mapped keeps it. After an error in the block ``path`` is as before.
 
     Raises:
-        OSError: the system refuses; BlockingIOError where another thread or process writes the same file.
+        OSError: the system refuses, or ``path`` is there and no regular file; BlockingIOError where another thread or
+            process writes the same file.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file, and only those are replaced")
     part = path.with_name(f".{path.name}.part")
     with _folder_of(path) as folder, _sole_writer(part), os.fdopen(_open(part), "r+b") as stream:
         try:
@@ -35,7 +44,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        os.fsync(folder)
+        try:
+            os.fsync(folder)
+        except OSError as error:  # the file is there, whatever a power cut may do to its name now
+            warn_once(f"{path.parent} cannot be synchronised: {error}. A power cut may undo what was written last")
 
 
 @contextmanager
@@ -95,14 +107,37 @@ def _sole_writer(part: Path) -> Iterator[None]:
     """
     lock = filelock.FileLock(f"{part}.lock", timeout=0, fallback_to_soft=False)
     try:
+        acquire(lock)
+        yield
+    finally:  # an interrupt can come at any line: the lock ends with this block
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def acquire(lock: filelock.BaseFileLock) -> None:
+    """Take ``lock``; without one, after a warning, where the file system has none.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+        OSError: the system refuses otherwise.
+    """
+    try:
         lock.acquire()
     except filelock.Timeout:
-        raise BlockingIOError(f"{part} is being written by somebody else") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        raise BlockingIOError(f"{lock.lock_file} is held: its file is being written by somebody else") from None
+    except NotImplementedError as error:
+        warn_once(f"there are no file locks in {Path(lock.lock_file).parent}: {error}. Let one process write at a time")
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_once(f"there are no file locks in {Path(lock.lock_file).parent}: {error}. Let one process write at a time")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn of something that the system lacks and that we go on without."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _open(part: Path) -> int:

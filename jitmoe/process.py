@@ -1,12 +1,20 @@
 """The policy of the whole process for forks and threads.
 
 A forked child has neither its parent's OpenMP threads nor the threads that held a lock there. A child that waits for
-either waits for ever.
+either waits for ever. So a fork waits for what other threads are in the middle of: an import, which holds the lock of
+its module, and a first call of compiled code, which imports and compiles.
 """
 
+import importlib
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+IMPORT_SECONDS = 30.0
+"""Longest wait of a fork for the imports of other threads, which may wait for something themselves."""
 
 
 class _Fork:
@@ -22,7 +30,62 @@ def _begin_child() -> None:
         torch.set_num_threads(1)  # torch computes on the same OpenMP pool
 
 
-os.register_at_fork(after_in_child=_begin_child)
+def _others_import() -> bool:
+    """Whether another thread is importing a module."""
+    locks = [lock() for lock in list(getattr(importlib._bootstrap, "_module_locks", {}).values())]
+    return any(getattr(lock, "owner", None) not in (None, threading.get_ident()) for lock in locks)
+
+
+def _wait_for_imports() -> None:
+    end = time.monotonic() + IMPORT_SECONDS
+    while _others_import() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+class _Calls:
+    """Calls of compiled code that are under way in all threads: a fork waits until none is, and none begins then."""
+
+    condition = threading.Condition()
+    running: dict[int, int] = {}  # noqa: RUF012 - by thread; calls can be nested
+
+    @classmethod
+    def change(cls, by: int) -> None:
+        with cls.condition:
+            thread = threading.get_ident()
+            cls.running[thread] = cls.running.get(thread, 0) + by
+            if not cls.running[thread]:
+                del cls.running[thread]
+                cls.condition.notify_all()
+
+    @classmethod
+    def take(cls) -> None:
+        cls.condition.acquire()
+        cls.condition.wait_for(lambda: not cls.running.keys() - {threading.get_ident()})
+
+    @classmethod
+    def free(cls) -> None:
+        cls.condition.release()
+
+
+@contextmanager
+def compiled_call() -> Iterator[None]:
+    """A call of compiled code, which may have to be compiled first: no fork comes into its middle.
+
+    Ctrl-C inside comes as SystemError with the interrupt as its cause; who called sees the interrupt.
+    """
+    _Calls.change(1)
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        _Calls.change(-1)
+
+
+os.register_at_fork(before=_wait_for_imports, after_in_child=_begin_child)
+os.register_at_fork(before=_Calls.take, after_in_parent=_Calls.free, after_in_child=_Calls.free)
 
 
 def usable_threads(threads: int) -> int:

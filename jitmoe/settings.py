@@ -1,6 +1,7 @@
 """The one table of environment variables, and the only module that reads the environment."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,17 @@ class Setting:
     """One environment variable: ``kind`` parses ``variable``; ``default`` stands for an unset or empty one."""
 
     variable: str
-    kind: type
+    kind: Callable[[str], Any]
     default: Any
     meaning: str
+
+
+def path(text: str) -> Path:
+    """A path in which ``~`` and ``$NAME`` stand for what they stand for in a shell."""
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    if "$" in expanded or expanded.startswith("~"):
+        raise ValueError("it names a user or a variable that does not exist")
+    return Path(expanded)
 
 
 SETTINGS: dict[str, Setting] = {
@@ -24,7 +33,7 @@ SETTINGS: dict[str, Setting] = {
         "JITMOE_EMULATE", str, None, "1: execute AMX and AVX512-BF16 in software; or the path of another emulator"
     ),
     "checked": Setting("JITMOE_CHECKED", int, 0, "1: kernels that hold each call to the plan of its scratch; slower"),
-    "cache_dir": Setting("JITMOE_CACHE_DIR", Path, None, "where compiled kernels are kept"),
+    "cache_dir": Setting("JITMOE_CACHE_DIR", path, None, "where compiled kernels are kept"),
     "compile_timeout": Setting("JITMOE_COMPILE_TIMEOUT", float, 120.0, "seconds one compiler run may take"),
     "cxx": Setting("JITMOE_CXX", str, None, "the C++ compiler, before $CXX, g++ and clang++"),
     "system_cxx": Setting("CXX", str, None, "the C++ compiler, after $JITMOE_CXX"),

@@ -102,7 +102,8 @@ struct SwishOfUpPlusOne {
                                                             const ActivationNumbers& numbers) {
     const float s = sigmoid(numbers.alpha * gate);
     const float swish = gate / (1.0f + exponential(-numbers.alpha * gate));
-    return {swish * (up + 1.0f), (up + 1.0f) * s * (1.0f + numbers.alpha * gate * (1.0f - s)), swish};
+    // The slope as s + alpha swish (1 - s): alpha gate may overflow where swish is zero.
+    return {swish * (up + 1.0f), (up + 1.0f) * (s + numbers.alpha * swish * (1.0f - s)), swish};
   }
 };
 

@@ -99,7 +99,7 @@ def fake_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         path, counter = tmp_path / name, tmp_path / "compiler-runs"
         path.write_text(
             f"#!/bin/sh\nREAL='{real}'\n"
-            'case "$1" in --version|-dumpmachine) exec "$REAL" "$1";; esac\n'
+            'case "$1" in --version|-dumpmachine) exec "$REAL" "$1";; -dM) exec "$REAL" "$@";; esac\n'
             f"echo run >> '{counter}'\n{body}\n",
             encoding="utf-8",
         )

@@ -141,6 +141,11 @@ def layer_of(inputs: Inputs, isa: str, **options: Any) -> MoELayer:
     return layer
 
 
+def frozen_of(layer: MoELayer) -> dict[str, Tensor]:
+    """What is frozen by name: packed weights, which are no buffers, and biases."""
+    return {f"packed_{name}": tensor for name, tensor in layer._packed().items()} | dict(layer.named_buffers())
+
+
 def set_lora(layer: MoELayer, inputs: Inputs) -> None:
     if inputs.lora:
         with torch.no_grad():

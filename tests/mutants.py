@@ -380,8 +380,8 @@ MUTANTS = (
     Mutant(
         "x_in_expert_order",
         "jitmoe/experts/ops.py",
-        "ctx.save_for_backward(x, topk_ids.clone(),",
-        "ctx.save_for_backward(\n"
+        "kept = (x, topk_ids.clone(),",
+        "kept = (\n"
         "        x[topk_ids.flatten().argsort(stable=True) // topk_ids.shape[1]][: len(x)], topk_ids.clone(),",
         ("test_ancestor.py::test_x_kept_in_expert_order_and_read_in_token_order",),
         "x is saved in the order of the experts and read in that of the tokens.",
@@ -398,19 +398,19 @@ MUTANTS = (
     Mutant(
         "stale_lora_b",
         "jitmoe/experts/functional.py",
-        "return [tensor.resolve_neg() for tensor in lora]",
-        "return [\n"
+        "    return lora\n\n\ndef _check_budget",
+        "    return [\n"
         '        config.__dict__.setdefault(name, tensor.clone()) if name.endswith("_b") else tensor\n'
         "        for name, tensor in zip(LORA_NAMES, lora, strict=True)\n"
-        "    ]",
+        "    ]\n\n\ndef _check_budget",
         ("test_ancestor.py::test_an_update_of_lora_seen_by_a_but_not_by_b",),
         "B is copied in the first call, and an optimizer's step is not seen.",
     ),
     Mutant(
         "strides_ignored",
         "jitmoe/experts/passes.py",
-        "tensor.to(torch.bfloat16).contiguous().resolve_neg()",
-        "tensor.to(torch.bfloat16).resolve_neg()",
+        "return tensor.to(torch.bfloat16).contiguous()",
+        "return tensor.to(torch.bfloat16)",
         ("test_faults_inputs.py::test_odd_strides_are_right",),
         "A transposed x is read as if its rows were contiguous.",
     ),
@@ -561,16 +561,16 @@ MUTANTS = (
     Mutant(
         "digest_not_compared",
         "jitmoe/jit/cache.py",
-        'if meta.get("key") == key and _is_intact(directory, meta) else None',
-        'if meta.get("key") == key else None',
+        'entry.intact and entry.meta.get("key") == key',
+        'entry.meta.get("key") == key',
         ("test_build.py::TestDamage::test_a_damaged_entry_is_set_aside_and_built_again",),
         "A damaged library is loaded.",
     ),
     Mutant(
         "templates_not_in_the_key",
         "jitmoe/jit/build.py",
-        "encoded += [name.encode(), content]",
-        "encoded += [name.encode()]",
+        "for header in headers for part in header)",
+        "for header in headers for part in header[:1])",
         ("test_build.py::TestKey",),
         "An edited template runs as it was compiled before.",
     ),

@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import build_kernels, case_named, changed_by, config_of, different, layer_of, same_bits, usable_isas
+from helpers import (
+    build_kernels,
+    case_named,
+    changed_by,
+    config_of,
+    different,
+    frozen_of,
+    layer_of,
+    same_bits,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from yardstick import make_inputs, results_of_layer
@@ -73,7 +83,7 @@ def test_the_plan_names_the_tensors_that_really_exist(recompute, lora_dtype, x_d
 
     found = {"x": x, "weights": weights, "topk_ids": inputs.topk_ids, "out": out, "x.grad": x.grad}
     found |= {"weights.grad": weights.grad, "out.grad": inputs.dout.to(x_dtype)}
-    found |= dict(layer.named_parameters()) | dict(layer.named_buffers())
+    found |= dict(layer.named_parameters()) | frozen_of(layer)
     found |= {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
     for name in LORA_NAMES:
         memory = made[int(seen[1].record[f"{name.replace('_lora_', '.')}_grad"])]
@@ -238,7 +248,7 @@ class TestLimit:
         config = config_of(CASE, ISA)
         needed = plan_layer(config).nbytes
         layer = MoELayer(replace(config, memory_budget=needed), inputs.gate_proj, inputs.up_proj, inputs.down_proj)
-        held = [*layer.parameters(), *layer.buffers()]
+        held = [*layer.parameters(), *frozen_of(layer).values()]
         assert needed == sum(tensor.nbytes for tensor in held)
 
         def never(*_: object) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import BuildError, CacheSecurityError
-from jitmoe.jit import abi, build, cache, render, toolchain, warm
+from jitmoe.jit import abi, build, cache, location, render, toolchain, warm
 from jitmoe.jit.render import Instance
 from jitmoe.plan.shapes import Shape
 
@@ -158,7 +158,7 @@ class TestCompilerTrouble:
         monkeypatch.setenv("JITMOE_COMPILE_TIMEOUT", "0.5")
         with pytest.raises(BuildError, match=message) as caught:
             build.ensure(instance())
-        log = cache.open_cache().log_path(key_of(instance()))
+        log = location.open_place().writable().log_path(key_of(instance()))
         assert f"log: {log}" in str(caught.value) and log.is_file()
         assert [path for path in cold_cache.iterdir() if path.suffix not in (".lock", ".log")] == []
         fake_compiler()
@@ -184,7 +184,7 @@ class TestCompilerTrouble:
         assert answer_of(build.ensure(instance())) == 42
 
     def test_a_lock_that_is_never_released(self):
-        store = cache.open_cache()
+        store = location.open_place().writable()
         with (
             store.lock("0" * 64, 1.0),
             pytest.raises(BuildError, match=r"held .*0\.lock for 0\.1 s"),
@@ -216,7 +216,7 @@ class TestManyProcesses:
         assert said == sorted([("cached", 1), ("cached", 2)] * 4 + [("compiled", 1), ("compiled", 2)])
 
     def test_killed_at_every_step_of_publishing(self, cold_cache):
-        store = cache.open_cache()
+        store = location.open_place().writable()
         key = key_of(instance())
         for step in range(100):
             store.clear()
@@ -309,7 +309,7 @@ class TestDamage:
         damage(path.parent)
         before = compiler.runs
         assert not all(
-            entry.intact and entry.meta["key"] == key_of(instance()) for entry in cache.open_cache().entries()
+            entry.intact and entry.meta["key"] == key_of(instance()) for entry in location.open_place().entries()
         )
         report = build.build_instances([instance()])[0]
         assert (report.status, compiler.runs - before) == ("compiled", 1)
@@ -351,7 +351,10 @@ class TestHostileDirectory:
 
     def test_foreign_owner(self, cold_cache, monkeypatch):
         cold_cache.mkdir()
-        monkeypatch.setattr(os, "geteuid", lambda: cold_cache.stat().st_uid + 1)
+        if os.geteuid() == 0:
+            os.chown(cold_cache, 12345, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: cold_cache.stat().st_uid + 1)
         with pytest.raises(CacheSecurityError, match="belongs to user id"):
             build.ensure(instance())
 
@@ -369,7 +372,8 @@ class TestHostileDirectory:
 class TestAwkwardDirectory:
     @pytest.fixture
     def in_a_private_directory(self) -> Callable[[str], None]:
-        cache._private_root.cache_clear()
+        location._private_root.cache_clear()
+        location._Private.root = None
 
         def check(reason: str) -> None:
             with pytest.warns(RuntimeWarning, match=f"kernels cannot be kept in .*{reason}") as warned:
@@ -393,11 +397,12 @@ class TestAwkwardDirectory:
 
     def test_no_home(self, monkeypatch, in_a_private_directory):
         monkeypatch.delenv("JITMOE_CACHE_DIR")
-        monkeypatch.setattr(cache.platformdirs, "user_cache_path", lambda name: Path("~/.cache") / name)
+        monkeypatch.setattr(location.platformdirs, "user_cache_path", lambda name: Path("~/.cache") / name)
         in_a_private_directory("there is no home directory")
 
-    def test_noexec(self, monkeypatch, in_a_private_directory):
-        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    def test_noexec(self, cold_cache, monkeypatch, in_a_private_directory):
+        flags = {cold_cache: os.ST_NOEXEC}
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags.get(path, 0)))
         in_a_private_directory("mounted noexec")
 
     def test_read_only(self, cold_cache, monkeypatch, in_a_private_directory):
@@ -408,7 +413,8 @@ class TestAwkwardDirectory:
         in_a_private_directory("it is not writable")
 
     def test_the_private_directory_is_gone_when_the_process_ends(self):
-        code = "from jitmoe.jit import cache; print(cache.open_cache().root, cache.open_cache().root)"
+        twice = "open_place().writable().root, open_place().writable().root"
+        code = f"from jitmoe.jit.location import open_place; print({twice})"
         environment = os.environ | {"JITMOE_CACHE_DIR": "/dev/null/kernels"}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         first, second = result.stdout.split()
@@ -422,7 +428,7 @@ class TestMaintenance:
         foreign = cold_cache / "notes.txt"
         foreign.write_text("mine")
         truncate(build.ensure(instance(2)).parent)
-        store = cache.open_cache()
+        store = location.open_place().writable()
         assert [(entry.meta["name"], entry.intact) for entry in store.entries()] == [
             ("ref_h1_i8_r0_m4_f32", True),
             ("ref_h2_i8_r0_m4_f32", False),

@@ -13,7 +13,7 @@ from helpers import run_python
 from jitmoe import settings
 from jitmoe.cli import doctor, main
 from jitmoe.isa import ISAS, IsaChoice
-from jitmoe.jit import cache, capability
+from jitmoe.jit import capability, location
 from jitmoe.jit.render import Instance, render
 from jitmoe.plan.shapes import Shape
 
@@ -84,7 +84,7 @@ class TestHelp:
         assert get_args(IsaChoice) == ("auto", *ISAS)
 
     @pytest.mark.parametrize(
-        "arguments", ["--help", "doctor", "cache list", "estimate --isa ref --tokens 8 --num-experts 4 --top-k 2 "
+        "arguments", ["--help", "cache list", "estimate --isa ref --tokens 8 --num-experts 4 --top-k 2 "
                       "--hidden-size 64 --intermediate-size 32"]
     )  # fmt: skip
     def test_what_needs_no_torch_does_not_load_it(self, arguments, cold_cache):
@@ -143,7 +143,7 @@ class TestDoctor:
         status, out, err = run("doctor")
         assert (status, err) == (0, "")
         rows = {line.split()[0]: line for line in out.splitlines() if line}
-        assert {"torch", "numba", "cpu", "isa", "threads", "cache", "compiler", "openmp"} <= set(rows)
+        assert {"torch", "numba", "cpu", "isa", "threads", "cache", "compiler", "kernel", "layer"} <= set(rows)
         for found in capability.capabilities():
             assert rows[found.isa].split()[1] == ("yes" if found.usable else "no")
             assert found.reason in rows[found.isa]
@@ -255,7 +255,7 @@ class TestCache:
             ["ref_h64_i32_r32_m14_f32", "intact"],
             ["ref_h64_i32_r32_m4_f32", "intact"],
         ]
-        cache.open_cache().entries()[0].directory.joinpath("kernel.so").unlink()
+        location.open_place().entries()[0].directory.joinpath("kernel.so").unlink()
         assert run("cache", "list")[1].splitlines()[1].split()[1] == "damaged"
         assert run("cache", "clear") == (0, f"removed 2 kernels from {cold_cache}\n", "")
         assert run("cache", "list")[1] == f"no kernels in {cold_cache}\n"

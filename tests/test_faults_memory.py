@@ -18,6 +18,7 @@ from helpers import (
     case_named,
     copied,
     different,
+    frozen_of,
     layer_of,
     placed_by,
     run_python,
@@ -30,7 +31,6 @@ from yardstick import Case, Inputs, make_inputs, results_of_layer
 from jitmoe import MoELayer
 from jitmoe.experts import call, workspace
 from jitmoe.experts.observer import Observer, observing
-from jitmoe.experts.pack import Seal
 from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.host import route
 from jitmoe.jit import abi
@@ -103,11 +103,10 @@ class Fences:
 
 def fence_layer(layer: MoELayer, fences: Fences) -> None:
     """Move the packed weights and the LoRA parameters of ``layer`` between fences."""
-    for name, packed in list(layer.named_buffers()):
+    for name, packed in frozen_of(layer).items():
         setattr(layer, name, fences.copy(packed))
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, torch.nn.Parameter(fences.copy(parameter.detach())))
-    layer._seal = Seal()
 
 
 @EVERY_ISA
@@ -226,7 +225,7 @@ def layer(request: pytest.FixtureRequest, inputs: Inputs) -> MoELayer:
 
 def snapshot(layer: MoELayer) -> dict[str, Tensor]:
     """Everything that a failed call must leave as it was."""
-    tensors = {**layer.state_dict(), **{f"packed {n}": b for n, b in layer.named_buffers()}}
+    tensors = {**layer.state_dict(), **frozen_of(layer)}
     grads = {f"grad of {n}": p.grad for n, p in layer.named_parameters() if p.grad is not None}
     return {name: tensor.clone() for name, tensor in {**tensors, **grads}.items()}
 

@@ -1,5 +1,7 @@
 """Loading compiled kernels: a library of another version is refused, a matching one loaded once."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,9 @@ def test_a_library_of_another_version_is_refused(name: str, value: int, tmp_path
     said = {"abi": abi.ABI_VERSION, "call_size": abi.CALL.itemsize, name: value}
     functions = "".join(f"long long jitmoe_{name}() {{ return {value}; }}\n" for name, value in said.items())
     compile_text(tmp_path, f'extern "C" {{\n{functions}}}\n')
-    with pytest.raises(KernelError, match="jitmoe cache clear"):
+    digest = hashlib.sha256((tmp_path / "kernel.so").read_bytes()).hexdigest()
+    (tmp_path / "meta.json").write_text(json.dumps({"digest": digest}))
+    with pytest.raises(KernelError, match=r"another version.*jitmoe cache clear"):
         kernels.Kernels(tmp_path / "kernel.so")
 
 

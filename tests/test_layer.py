@@ -19,6 +19,7 @@ from jitmoe.oracle.reference import LoraTensors
 ISA = usable_isas()[0]
 SMALL = case_named("small")
 BASES = ["gate_proj", "up_proj", "down_proj"]
+STATE_KEYS = [f"base_{name}" for name in BASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +98,7 @@ class TestContract:
         inputs = make_inputs(case_named("no_lora"))
         layer = layer_of(inputs, ISA)
         assert list(layer.parameters()) == []
-        assert sorted(layer.state_dict()) == sorted(BASES)
+        assert sorted(layer.state_dict()) == sorted(STATE_KEYS)
 
     @pytest.mark.parametrize("use_rslora", [False, True])
     def test_scale(self, inputs: Inputs, use_rslora: bool) -> None:
@@ -142,9 +143,9 @@ class TestState:
 
     def test_state_dict_is_canonical(self, layer: MoELayer, inputs: Inputs) -> None:
         state = layer.state_dict()
-        assert sorted(state) == sorted([*BASES, *LoraTensors._fields])
+        assert sorted(state) == sorted([*STATE_KEYS, *LoraTensors._fields])
         for name in BASES:
-            assert same_bits(state[name], getattr(inputs, name))
+            assert same_bits(state[f"base_{name}"], getattr(inputs, name))
         for name, value in inputs.lora._asdict().items():
             assert same_bits(state[name], value)
 
@@ -159,7 +160,7 @@ class TestState:
     def test_through_safetensors_inside_a_model(self, layer: MoELayer, inputs: Inputs, tmp_path: Path) -> None:
         save_file(nn.Sequential(nn.Identity(), layer).state_dict(), tmp_path / "model.safetensors")
         state = load_file(tmp_path / "model.safetensors")
-        assert "1.gate_proj" in state and "1.gate_lora_a" in state
+        assert "1.base_gate_proj" in state and "1.gate_lora_a" in state
         other = nn.Sequential(nn.Identity(), layer_of(other_inputs(), ISA))
         other.load_state_dict(state)
         assert same_bits(call(other[1], inputs), call(layer, inputs))
@@ -173,8 +174,8 @@ class TestState:
 
     def test_missing_base_is_named(self, layer: MoELayer) -> None:
         state = layer.state_dict()
-        del state["up_proj"]
-        with pytest.raises(RuntimeError, match=r"Missing key.*up_proj"):
+        del state["base_up_proj"]
+        with pytest.raises(RuntimeError, match=r"Missing key.*base_up_proj"):
             layer.load_state_dict(state)
 
     @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ class TestState:
     )
     def test_a_wrong_base_changes_none_of_the_base(self, layer: MoELayer, inputs: Inputs, change, words: str) -> None:
         state = layer_of(other_inputs(), ISA).state_dict()
-        state["up_proj"] = change(state["up_proj"])
+        state["base_up_proj"] = change(state["base_up_proj"])
         with pytest.raises(RuntimeError, match=words):
             layer.load_state_dict(state)
         for name, value in layer.unpack().items():
@@ -193,7 +194,7 @@ class TestState:
     def test_a_base_loaded_between_forward_and_backward_is_an_error(self, layer: MoELayer, inputs: Inputs) -> None:
         out = layer(inputs.x, inputs.topk_ids, inputs.weights)
         state = layer_of(other_inputs(), ISA).state_dict()
-        layer.load_state_dict({name: state[name] for name in BASES}, strict=False)
+        layer.load_state_dict({name: state[name] for name in STATE_KEYS}, strict=False)
         with pytest.raises(WeightsChangedError, match="between forward and backward"):
             out.backward(inputs.dout)
         assert layer.gate_lora_a.grad is None
@@ -273,10 +274,13 @@ class TestCopiesAndCasts:
     @pytest.mark.parametrize("name", ["small", "no_lora"])
     def test_moved_away_from_the_cpu_it_is_refused(self, name: str) -> None:
         inputs = make_inputs(case_named(name))
-        layer = layer_of(inputs, ISA).to("meta")
-        for use in (lambda: call(layer, inputs), layer.unpack, layer.state_dict):
-            with pytest.raises(InputError, match="CPU"):
-                use()
+        layer = layer_of(inputs, ISA)
+        expected = {base: tensor.clone() for base, tensor in layer.unpack().items()}
+        layer.to("meta")
+        assert different(layer.unpack(), expected) == [], "the base is no buffer: it stays where it is"
+        moved = replace(inputs, x=inputs.x.to("meta"))
+        with pytest.raises(InputError, match="CPU"):
+            call(layer, inputs if inputs.lora else moved)
 
     def test_a_default_device_does_not_matter(self, layer: MoELayer, inputs: Inputs) -> None:
         expected = results_of_layer(layer, inputs)

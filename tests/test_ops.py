@@ -33,6 +33,7 @@ def test_torch_finds_nothing_wrong_with_them(case: Case, recompute: bool) -> Non
     assert set(torch.library.opcheck(experts, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.field("B")
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_a_compiled_layer_is_one_graph_with_the_same_bits(case: Case) -> None:
     inputs = make_inputs(case)

@@ -69,9 +69,10 @@ class TestRoundTrip:
 
     def test_canonical_weights_come_back(self, inputs: Inputs, saved: Path) -> None:
         layer = mapped(inputs, saved)
-        for weights in (layer.unpack(), layer.state_dict()):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                assert same_bits(weights[name], getattr(inputs, name))
+        weights, state = layer.unpack(), layer.state_dict()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert same_bits(weights[name], getattr(inputs, name))
+            assert same_bits(state[f"base_{name}"], getattr(inputs, name))
 
     def test_lora_is_new_and_loadable(self, inputs: Inputs, saved: Path) -> None:
         layer = MoELayer.from_packed(config_of(RAGGED, ISA), saved)

@@ -25,18 +25,18 @@ ABOVE = {"__init__": ROOT, "__main__": "cli"}
 MAY_USE = {
     "torch": {"oracle", "experts", "distributed", "hf", "bench", "inspect"},
     "numba": {"host"},
-    "ctypes": {"jit.kernels", "jit.programs"},
+    "ctypes": {"jit.kernels", "jit.library", "jit.programs"},
     "subprocess": {"jit.toolchain"},
     "llvmlite": {"jit.cpu"},
     "filelock": {"files", "jit.cache"},
-    "platformdirs": {"jit.cache"},
+    "platformdirs": {"jit.location"},
     "safetensors": {"experts.pack", "hf"},
     "matplotlib": {"bench.plot", "hf.train.picture", "inspect.trace_picture"},
-    "transformers": {"bench.peers", "hf"},
+    "transformers": {"bench.peers", "hf", "memory.model"},
     "peft": {"bench.peers", "hf"},
     "typer": {"cli"},
     "rich": {"cli", "progress"},
-    "psutil": {"memory", "bench"},
+    "psutil": {"limits", "bench"},
     "numpy": {"plan", "host", "jit", "oracle", "experts", "distributed", "hf", "bench", "inspect"},
 }
 """Wings, and single modules, that may import these. Nobody may import another package than these."""

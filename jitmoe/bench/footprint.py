@@ -19,7 +19,7 @@ from jitmoe.experts.layer import MoELayer
 from jitmoe.experts.workspace import arenas
 from jitmoe.jit import kernels
 from jitmoe.jit.warm import build
-from jitmoe.memory.estimate import available_memory
+from jitmoe.limits import available_memory
 from jitmoe.memory.plan import MemoryPlan
 from jitmoe.oracle.data import Batch, batches
 from jitmoe.oracle.workloads import Workload

@@ -17,7 +17,7 @@ from jitmoe.bench.peers import PEERS, share_memory
 from jitmoe.bench.trace import watch
 from jitmoe.errors import BenchError
 from jitmoe.experts.workspace import arenas
-from jitmoe.memory.estimate import available_memory
+from jitmoe.limits import available_memory
 from jitmoe.oracle.data import Base, Batch, batches, make_base, make_lora
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.oracle.workloads import FORWARD, TRAINING, Work, Workload, work_of

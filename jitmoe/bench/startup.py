@@ -16,7 +16,7 @@ from jitmoe.bench.contenders import our_layer
 from jitmoe.errors import BenchError
 from jitmoe.experts.layer import MoELayer
 from jitmoe.jit.build import build_instances
-from jitmoe.jit.cache import Cache
+from jitmoe.jit.location import Place
 from jitmoe.jit.render import render
 from jitmoe.jit.warm import build
 from jitmoe.oracle.data import batches, make_base
@@ -79,7 +79,7 @@ def _compilation(workload: Workload, isa: str) -> dict[str, float]:
     found = {}
     for shape in plan_kernels(workload.config(isa), isa).shapes:
         with tempfile.TemporaryDirectory(prefix="jitmoe-bench-") as folder:
-            (report,) = build_instances([render(shape)], store=Cache(Path(folder)))
+            (report,) = build_instances([render(shape)], store=Place(Path(folder)))
         found[shape.name] = report.seconds
     return found
 

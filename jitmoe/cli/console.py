@@ -31,6 +31,7 @@ def fail(message: str) -> None:
 
 
 def escape_unknown_characters() -> None:
-    """Let stdout escape characters that its encoding lacks, as in names of files, instead of raising."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Let both streams escape characters that their encoding lacks, as in names of files, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -12,12 +12,18 @@ import typer
 
 from jitmoe import settings
 from jitmoe.cli import console
+from jitmoe.config import MoEConfig
 from jitmoe.errors import JitmoeError
-from jitmoe.jit import cache, capability, cpu, toolchain
+from jitmoe.jit import capability, cpu, location, toolchain
+from jitmoe.jit.build import build_instances
+from jitmoe.jit.location import Place
+from jitmoe.jit.render import render
+from jitmoe.plan.shapes import plan_kernels
 
-OPENMP_PROGRAM = """#include <omp.h>
-extern "C" int jitmoe_threads() { return omp_get_max_threads(); }
-"""
+SIZES = MoEConfig(num_experts=4, hidden_size=64, intermediate_size=96, top_k=2)
+"""Of the kernel and the layer that are tried."""
+
+TOKENS = 32
 
 MISSING = "not installed"
 
@@ -28,6 +34,8 @@ def doctor() -> None:
     about_machine = [*_describe_python(problems), *_describe_cpu(problems), *_describe_cache(problems)]
     console.table(about_machine, head=False)
     console.table(_describe_compiler(problems), head=False)
+    if not problems:
+        console.table(_describe_layer(problems), head=False)
     for problem in problems:
         print(f"\nproblem: {problem}", file=sys.stderr)
     print(f"\n{len(problems)} problem(s)" if problems else "\neverything that jitmoe needs is here")
@@ -61,43 +69,52 @@ def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
 
 
 def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
-    intended = cache.location()
+    intended = location.location()
     try:
-        store = cache.open_cache()
+        place = location.open_place()
     except JitmoeError as error:
         problems.append(str(error))
         return [("cache", f"{intended}, refused")]
-    if store.root != intended:
-        problems.append(
-            f"kernels cannot be kept in {intended}, each process compiles its own: set JITMOE_CACHE_DIR to a "
-            "directory that you can write to and execute from"
-        )
-        return [("cache", f"{intended}, not usable")]
-    entries = store.entries()
+    entries = place.entries()
     damaged = sum(not entry.intact for entry in entries)
-    return [("cache", f"{intended}, writable, {len(entries)} kernels, {damaged} damaged")]
+    if place.reason is not None:
+        problems.append(
+            f"new kernels cannot be kept in {intended} ({place.reason}), each process compiles its own: set "
+            "JITMOE_CACHE_DIR to a directory that you can write to and execute from"
+        )
+    state = "writable" if place.reason is None else "read only" if place.readable else "not usable"
+    return [("cache", f"{intended}, {state}, {len(entries)} kernels, {damaged} damaged")]
 
 
 def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:
-    """The compiler, and whether it compiles OpenMP code with our flags."""
+    """The compiler, and whether it makes a kernel of the chosen set that can be loaded and run."""
+    folder = Path(tempfile.mkdtemp(prefix="jitmoe-doctor-"))
     try:
         compiler = toolchain.find_compiler()
-        rows = [("compiler", f"{compiler.path} ({compiler.identity})")]
-        _compile_openmp_program(compiler)
+        shape = plan_kernels(SIZES, capability.resolve_isa(SIZES.requested_isa)).shapes[-1]
+        build_instances([render(shape)], store=Place(folder))
     except JitmoeError as error:
         problems.append(str(error))
         return [("compiler", "not usable")]
-    return [*rows, ("openmp", "a test program was compiled")]
-
-
-def _compile_openmp_program(compiler: toolchain.Compiler) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="jitmoe-doctor-"))
-    source = folder / "openmp.cpp"
-    source.write_text(OPENMP_PROGRAM, encoding="utf-8")
-    flags = toolchain.flags("ref", compiler.kind)
-    limit = settings.get("compile_timeout")
-    toolchain.compile(compiler, source, folder / "openmp.so", flags, folder, limit, folder / "build.log")
     shutil.rmtree(folder)  # only after success: the error names the log in it
+    tried = f"{shape.name} was compiled, loaded and tried"
+    return [("compiler", f"{compiler.path} ({compiler.identity})"), ("kernel", tried)]
+
+
+def _describe_layer(problems: list[str]) -> list[tuple[str, str]]:
+    """What a layer does, from the cache to the gradients, held to the error rule."""
+    from jitmoe.inspect.check import make_call, make_layer
+    from jitmoe.inspect.replay import compare
+
+    try:
+        inputs = make_call(SIZES, TOKENS)
+        faults = compare(make_layer(SIZES, inputs), inputs, coarse=True).faults
+    except (JitmoeError, OSError, RuntimeError) as error:
+        problems.append(f"a layer cannot compute: {error}")
+        return [("layer", "not usable")]
+    if faults:
+        problems.append(f"a layer computes wrongly ({', '.join(faults)}): see `jitmoe check`, and please report this")
+    return [("layer", "wrong results" if faults else "computed forward and backward, within the error rule")]
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jitmoe.cli.options import ConfigOptions, takes_config
+from jitmoe.cli.options import REQUIRED, ConfigOptions, takes_config
 
 
 @takes_config
@@ -31,7 +31,8 @@ def estimate(
     from jitmoe.memory.estimate import estimate as estimate_load
     from jitmoe.memory.model import read_model
 
-    found = None if model is None else read_model(model)
+    sizes = {name: getattr(config, name) for name in REQUIRED if getattr(config, name) is not None}
+    found = None if model is None else read_model(model, sizes, layers)
     made = config.make(found.fields if found else None, recompute=recompute or None, memory_budget=memory_budget)
     if layers is None:
         layers = found.layers if found else 1

@@ -75,7 +75,7 @@ def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tenso
 
 def row_weights(call: Call, weights: Tensor) -> npt.NDArray[np.float32]:
     """[S] routing weights in the order of the rows, of ``weights`` [T, K]."""
-    by_slot = weights.detach().float().resolve_neg().contiguous().numpy().reshape(-1)
+    by_slot = weights.detach().float().contiguous().numpy().reshape(-1)
     by_row: npt.NDArray[np.float32] = by_slot[call.route.row_slot]
     return by_row
 

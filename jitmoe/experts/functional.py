@@ -9,7 +9,8 @@ from torch import Tensor
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import ops
-from jitmoe.experts.inputs import FLOATS, check_bias, check_dense
+from jitmoe.experts.inputs import FLOATS, check_bias, check_dense, check_plain
+from jitmoe.experts.lora import FUSED_NAMES, names_of
 from jitmoe.experts.pack import ExpertSource, PackedExperts, Seal, empty_packed, pack_experts
 from jitmoe.experts.passes import spec_of
 from jitmoe.jit import kernels
@@ -38,6 +39,15 @@ class Base:
     packed: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     seal: Seal
+
+    def check_forms(self) -> None:
+        """Look that the packed tensors are those of :func:`pack_base` in shape, dtype and strides.
+
+        Raises:
+            WeightsChangedError: another one was put in the place of one; names the projection.
+        """
+        for name, tensor in self.packed.items():
+            self.seal.check_form(name, tensor)
 
     def check_seal(self) -> None:
         """Look that nobody wrote to the packed weights.
@@ -190,18 +200,19 @@ def moe_experts(
     lora = _checked(config, adapters) if adapters is not None else []
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *lora))
     _check_budget(base, x, lora, saves)
+    base.check_forms()
     if not torch.compiler.is_compiling():  # a graph holds its weights, and looks at no counter of writes
         base.check_seal()
-    rows, ids = x.reshape(-1, hidden).resolve_neg(), topk_ids.reshape(-1, top_k)
     frozen = [*base.packed.values(), *base.biases.values()]
     scale = adapters.scale if adapters is not None else 0.0
-    out = ops.apply(rows, ids, weights.reshape(-1, top_k), frozen, lora, base.spec, scale, saves)
-    return out.reshape(x.shape)
+    return ops.apply(x, topk_ids, weights, frozen, lora, base.spec, scale, saves)
 
 
 def _checked(config: MoEConfig, adapters: Adapters | FusedAdapters) -> list[Tensor]:
     """The tensors: dense, of one dtype and of the shapes of one rank."""
     lora = adapters.tensors()
+    for name, tensor in zip(names_of(lora), lora, strict=True):
+        check_plain(name, tensor)
     rank = lora[0].shape[1] if lora[0].dim() == 3 else 0
     for (name, shape), tensor in zip(_shapes(config, adapters, max(rank, 1)).items(), lora, strict=True):
         if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
@@ -212,7 +223,7 @@ def _checked(config: MoEConfig, adapters: Adapters | FusedAdapters) -> list[Tens
             raise InputError(
                 f"{name} must be a CPU tensor of shape {list(shape)}, got {list(tensor.shape)} on {tensor.device}"
             )
-    return [tensor.resolve_neg() for tensor in lora]
+    return lora
 
 
 def _shapes(config: MoEConfig, adapters: Adapters | FusedAdapters, rank: int) -> dict[str, tuple[int, ...]]:
@@ -220,8 +231,8 @@ def _shapes(config: MoEConfig, adapters: Adapters | FusedAdapters, rank: int) ->
     shapes: dict[str, tuple[int, ...]] = {**lora_shapes(hidden, intermediate, experts, rank)}
     if isinstance(adapters, Adapters):
         return shapes
-    fused = {"gate_up_lora_a": (experts, rank, hidden), "gate_up_lora_b": (experts, 2, intermediate, rank)}
-    return fused | {name: shape for name, shape in shapes.items() if name.startswith("down")}
+    gate_up = {"gate_up_lora_a": (experts, rank, hidden), "gate_up_lora_b": (experts, 2, intermediate, rank)}
+    return {name: (shapes | gate_up)[name] for name in FUSED_NAMES}
 
 
 def _check_budget(base: Base, x: Tensor, lora: list[Tensor], trains: bool) -> None:

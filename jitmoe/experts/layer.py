@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,23 @@ from jitmoe.jit.capability import describe
 from jitmoe.plan.projections import LORA_NAMES, NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
+STATE_PREFIX = "base_"
+"""Before the names of the base weights in a state dict: a bare ``experts.down_proj`` is what transformers calls its
+fused experts, and splits when it saves."""
+
 NEXT_CALL, ON_NONFINITE = "next_call", "on_nonfinite"
 """What :meth:`MoELayer.capture` writes."""
+
+
+def _warn_if_frozen(lora: Sequence[torch.Tensor]) -> None:
+    if not any(tensor.requires_grad for tensor in lora):
+        warnings.warn(
+            "all LoRA parameters of a MoELayer in training mode are frozen: nothing in it will be trained. PEFT's "
+            "get_peft_model() freezes what is not its own: call jitmoe.train_lora(model) after it. Where that is "
+            "wanted, call layer.eval()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class MoELayer(nn.Module):
@@ -53,6 +69,9 @@ class MoELayer(nn.Module):
     ``gate_lora_b``, ``up_lora_b`` [E, I, r]; ``down_lora_a`` [E, r, I]; ``down_lora_b`` [E, H, r]. A is initialised
     as PEFT does (Kaiming uniform, a = sqrt 5), B with zeros.
 
+    Attributes:
+        lora_enabled: False computes the base alone; see :func:`jitmoe.lora_disabled`.
+
     Raises:
         InputError: a base weight has the wrong shape or device.
         InputTypeError: a base weight is not bfloat16.
@@ -75,10 +94,11 @@ class MoELayer(nn.Module):
         base = pack_base(
             config, gate_proj, up_proj, down_proj, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias
         )
-        self.config, self.isa = config, base.isa
+        self.config, self.isa, self.lora_enabled = config, base.isa, True
         self._seal, self._spec = base.seal, base.spec
         for name, packed in base.packed.items():
-            self.register_buffer(f"packed_{name}", packed, persistent=False)
+            # No buffers: they never change, and DDP would broadcast them, AveragedModel write to them, .to() move them.
+            setattr(self, f"packed_{name}", packed)
         for name, bias in base.biases.items():
             self.register_buffer(name, bias)
         for name, shape in self._lora_shapes.items():
@@ -199,19 +219,16 @@ class MoELayer(nn.Module):
         return Base(self.config, self.isa, self._spec, self._packed(), self.biases(), self._seal)
 
     def _adapters(self) -> Adapters | None:
-        if not self.config.lora_rank:
+        if not (self.config.lora_rank and self.lora_enabled):
             return None
-        gate_a, gate_b, up_a, up_b, down_a, down_b = (getattr(self, name) for name in LORA_NAMES)
+        lora = [getattr(self, name) for name in LORA_NAMES]
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn_if_frozen(lora)
+        gate_a, gate_b, up_a, up_b, down_a, down_b = lora
         return Adapters(gate_a, gate_b, up_a, up_b, down_a, down_b, self.config.lora_scale)
 
     def _packed(self) -> dict[str, torch.Tensor]:
-        packed: dict[str, torch.Tensor] = {name: getattr(self, f"packed_{name}") for name in NAMES}
-        for name, tensor in packed.items():
-            if tensor.device.type != "cpu":
-                raise InputError(
-                    f"the packed {name} weights are on {tensor.device}; the layer computes on the CPU only"
-                )
-        return packed
+        return {name: getattr(self, f"packed_{name}") for name in NAMES}
 
     def _any_kernels(self) -> kernels.Kernels:
         """Some instance: packing is the same in all of them."""
@@ -228,13 +245,14 @@ class MoELayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.unpack().items()})
+        self._base().check_seal()
+        destination.update({f"{prefix}{STATE_PREFIX}{name}": tensor for name, tensor in self.unpack().items()})
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        bases = {prefix + projection.base_name: projection for projection in self._projections}
+        bases = {f"{prefix}{STATE_PREFIX}{projection.base_name}": projection for projection in self._projections}
         rest = {key: value for key, value in state_dict.items() if key not in bases}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in bases if strict and key not in state_dict)
@@ -245,6 +263,7 @@ class MoELayer(nn.Module):
         except (InputError, InputTypeError) as error:
             error_msgs.append(str(error))
             return
+        self._seal.open(projection.name for projection in present.values())
         for key, projection in present.items():
             packed = self._packed()[projection.name]
             pack_experts(self._any_kernels(), key, state_dict[key], packed, projection.out, projection.in_)

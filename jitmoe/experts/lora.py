@@ -14,9 +14,13 @@ from torch import Tensor
 
 from jitmoe.experts.call import Call
 from jitmoe.experts.supplies import empty, supplies
+from jitmoe.plan.projections import LORA_NAMES
 
 FUSED = 4
 """Tensors of adapters in which gate and up are one."""
+
+FUSED_NAMES = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
+"""Their names in messages."""
 
 FEW = 4
 """B is read where it lies if fewer than one in so many experts has rows."""
@@ -25,6 +29,11 @@ FEW = 4
 def rank_of(lora: Sequence[Tensor]) -> int:
     """r of the adapters; 0 where there are none."""
     return lora[0].shape[1] if lora else 0
+
+
+def names_of(lora: Sequence[Tensor]) -> Sequence[str]:
+    """Names of the tensors in messages."""
+    return FUSED_NAMES if len(lora) == FUSED else LORA_NAMES[: len(lora)]
 
 
 def operands(call: Call, lora: Sequence[Tensor]) -> Sequence[Tensor]:

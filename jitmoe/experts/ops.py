@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jitmoe.errors import TransformError, WeightsChangedError
+from jitmoe.errors import InputError, InputTypeError, TransformError, WeightsChangedError
 from jitmoe.experts import passes
-from jitmoe.experts.lora import rank_of
+from jitmoe.experts.lora import names_of, rank_of
 from jitmoe.experts.pack import version_of
 from jitmoe.experts.passes import saved_of
+from jitmoe.experts.workspace import memory_errors
 
 experts = torch.library.custom_op("jitmoe::experts", mutates_args=())(passes.forward)
 experts_backward = torch.library.custom_op("jitmoe::experts_backward", mutates_args=())(passes.backward)
@@ -66,14 +67,22 @@ def apply(
     scale: float,
     saves: bool,
 ) -> Tensor:
-    """out [T, H], differentiable in x, the routing weights and LoRA; arguments as of the operator."""
+    """out [..., H], differentiable in x, the routing weights and LoRA.
+
+    Arguments as of the operator; the leading dimensions of x, topk_ids and weights are any.
+    """
     if torch.compiler.is_compiling():
-        out: Tensor = experts(x, topk_ids, weights, base, lora, spec, scale, saves)[0]
-    elif torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func is at work
-        out = TransformedExperts.apply(x, topk_ids, weights, base, spec, scale, saves, *lora)[0]  # type: ignore[no-untyped-call]
-    else:
-        out = Experts.apply(x, topk_ids, weights, base, spec, scale, saves, *lora)  # type: ignore[no-untyped-call]
-    return out
+        out: Tensor = experts(*_flat(x, topk_ids, weights), base, lora, spec, scale, saves)[0]
+        return out.reshape(x.shape)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func is at work
+    with memory_errors():
+        arguments = (*_flat(x, topk_ids, weights), base, spec, scale, saves, *lora)
+        out = TransformedExperts.apply(*arguments)[0] if transformed else Experts.apply(*arguments)  # type: ignore[no-untyped-call]
+        return out.reshape(x.shape)
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
 
 
 class Experts(torch.autograd.Function):
@@ -215,9 +224,12 @@ def _keep(
     saved: list[Tensor],
 ) -> None:
     # A copy of the ids: callers reuse that buffer, and torch would not let them.
-    ctx.save_for_backward(x, topk_ids.clone(), weights, *lora, *saved)
+    kept = (x, topk_ids.clone(), weights, *lora, *saved)
+    ctx.save_for_backward(*kept)
+    ctx.forms = [(tensor.shape, tensor.dtype) for tensor in kept]
     # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
     ctx.base, ctx.versions, ctx.spec, ctx.scale, ctx.adapters = base, versions_of(base), spec, scale, len(lora)
+    ctx.lora_names = names_of(lora)
     ctx.saved_names = [s.name for s in saved_of(spec, topk_ids.numel(), rank_of(lora), bool(saved))]
 
 
@@ -225,7 +237,8 @@ def _gradients(
     ctx: Any, run: Callable[..., list[Tensor]], out_grad: Tensor, wants_x: bool, wants_weights: bool, wants_lora: bool
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
     """Of x, of the routing weights and of LoRA, by ``run``; None where it is not wanted."""
-    x, topk_ids, weights, *rest = ctx.saved_tensors
+    names = ("x", "topk_ids", "weights", *ctx.lora_names, *ctx.saved_names)
+    x, topk_ids, weights, *rest = map(_restored, names, ctx.saved_tensors, ctx.forms)
     lora, saved = rest[: ctx.adapters], rest[ctx.adapters :]
     if versions_of(ctx.base) != ctx.versions:
         raise WeightsChangedError("base weights were loaded or written between forward and backward: run forward again")
@@ -238,6 +251,18 @@ def _gradients(
         weights_grad if wants_weights else None,
         lora_grads if wants_lora else [None] * len(lora),
     )
+
+
+def _restored(name: str, tensor: Tensor, form: tuple[torch.Size, torch.dtype]) -> Tensor:
+    """A saved tensor as it was: hooks of saved tensors may give back another dtype, device or strides."""
+    shape, dtype = form
+    if tensor.shape != shape:
+        raise InputError(
+            f"hooks of saved tensors gave {name} back with shape {list(tensor.shape)}, it had {list(shape)}"
+        )
+    if tensor.dtype.is_floating_point != dtype.is_floating_point:
+        raise InputTypeError(f"hooks of saved tensors gave {name} back as {tensor.dtype}, it was {dtype}")
+    return tensor.to("cpu", dtype)
 
 
 def versions_of(base: Sequence[Tensor]) -> tuple[int, ...]:

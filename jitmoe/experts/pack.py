@@ -1,16 +1,17 @@
 """The one copy of the frozen weights: packed once, owned by the layer, given back bit for bit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import increment_version
 
-from jitmoe.config import MoEConfig
+from jitmoe.config import MoEConfig, read_fields
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
+from jitmoe.experts.inputs import check_plain, in_memory
 from jitmoe.experts.packed_file import map_packed
-from jitmoe.experts.workspace import allocate
+from jitmoe.experts.workspace import allocate, memory_errors
 from jitmoe.jit.kernels import Kernels
 from jitmoe.plan.shapes import packed_elements
 from jitmoe.process import usable_threads
@@ -67,7 +68,8 @@ def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torc
     for expert in range(experts):
         matrix = source(expert) if callable(source) else source[expert]
         check_base(f"{name}[{expert}]", matrix, (out, in_))
-        matrix = matrix.detach().contiguous()
+        with memory_errors():
+            matrix = in_memory((f"{name}[{expert}]",), (matrix.detach(),))[0].contiguous()
         kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, usable_threads(torch.get_num_threads()))
 
 
@@ -76,7 +78,8 @@ def unpack_experts(
 ) -> torch.Tensor:
     """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed; or of some experts only."""
     chosen = range(packed.shape[0]) if experts is None else experts
-    result = torch.empty(len(chosen), out, in_, dtype=torch.bfloat16, device="cpu")
+    with memory_errors():
+        result = torch.empty(len(chosen), out, in_, dtype=torch.bfloat16, device="cpu")
     threads = usable_threads(torch.get_num_threads())
     for place, expert in enumerate(chosen):
         kernels.unpack(packed[expert].data_ptr(), result[place].data_ptr(), 1, out, in_, threads)
@@ -85,14 +88,22 @@ def unpack_experts(
 
 def check_base(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Refuse a base weight that is not a dense bfloat16 CPU tensor of ``shape``."""
-    if not isinstance(tensor, torch.Tensor):
-        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_plain(name, tensor)
     if tensor.dtype != torch.bfloat16:
-        raise InputTypeError(f"{name} must be bfloat16, got {tensor.dtype}; convert it with .to(torch.bfloat16)")
+        raise InputTypeError(f"{name} must be bfloat16, got {tensor.dtype}; {_advice(tensor.dtype)}")
     if tuple(tensor.shape) != shape:
         raise InputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
+
+
+def _advice(dtype: torch.dtype) -> str:
+    if dtype in (torch.float16, torch.float32, torch.float64):
+        return "convert it with .to(torch.bfloat16)"
+    return (
+        "its values are numbers of a quantised format, which mean nothing without their scales: dequantise them "
+        "(values times scales, in float32) and convert the product to bfloat16"
+    )
 
 
 def version_of(packed: torch.Tensor) -> int:
@@ -105,13 +116,47 @@ class Seal:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, int]] = {}
+        self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._open: set[str] = set()
+
+    def open(self, names: Iterable[str]) -> None:
+        """The contents of these are about to be replaced: nothing may be computed before all are closed again."""
+        self._open.update(names)
 
     def close(self, name: str, packed: torch.Tensor) -> None:
         """Take the present contents of ``packed`` as the right ones."""
         self._seen[name] = (packed.data_ptr(), version_of(packed))
+        self._forms[name] = (packed.shape, packed.dtype)
+        self._open.discard(name)
+
+    def check_form(self, name: str, packed: torch.Tensor) -> None:
+        """Refuse a tensor that was put in the place of the packed one and has another form.
+
+        Raises:
+            WeightsChangedError: the shape, dtype or strides are not those of the sealed tensor.
+            InputTypeError: as of :func:`~jitmoe.experts.inputs.check_plain`.
+            InputError: likewise.
+        """
+        check_plain(f"packed {name}", packed)
+        shape, dtype = self._forms.get(name, (packed.shape, packed.dtype))
+        same = packed.shape == shape and packed.dtype == dtype and packed.device.type == "cpu"
+        if not (same and packed.is_contiguous()):
+            raise WeightsChangedError(
+                f"the packed {name} weights were replaced by a tensor {list(packed.shape)} of {packed.dtype} on "
+                f"{packed.device} with strides {list(packed.stride())}, expected contiguous {list(shape)} of {dtype} "
+                "on the CPU; load new ones with load_state_dict()"
+            )
 
     def check(self, name: str, packed: torch.Tensor) -> None:
-        """Raise :class:`WeightsChangedError` if ``packed`` was written to; a copy elsewhere is sealed anew."""
+        """Raise :class:`WeightsChangedError` if ``packed`` was written to; a copy elsewhere is sealed anew.
+
+        Torch counts the writes: those through ``.data``, NumPy or another process's mapping are not seen.
+        """
+        if self._open:
+            raise WeightsChangedError(
+                f"loading the base weights was interrupted ({', '.join(sorted(self._open))} are not loaded): load them "
+                "again with load_state_dict()"
+            )
         address, version = self._seen.get(name, (0, 0))
         if address != packed.data_ptr():
             self.close(name, packed)
@@ -125,7 +170,7 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
     """Read the experts' matrices one by one from a safetensors file.
 
     Args:
-        path: the file.
+        path: the file, or the index of its shards (``model.safetensors.index.json``).
         name: of one stacked tensor [E, out, in], or with ``{expert}`` in it of one matrix for each expert, e.g.
             ``"model.layers.3.mlp.experts.{expert}.gate_proj.weight"``.
 
@@ -135,9 +180,21 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
     from safetensors import safe_open
 
     def read(expert: int) -> torch.Tensor:
-        with safe_open(str(path), framework="pt") as file:
+        tensor = name.format(expert=expert)
+        with safe_open(str(_shard_with(Path(path), tensor)), framework="pt") as file:
             matrix: torch.Tensor
-            matrix = file.get_tensor(name.format(expert=expert)) if "{expert}" in name else file.get_slice(name)[expert]
+            matrix = file.get_tensor(tensor) if "{expert}" in name else file.get_slice(name)[expert]
         return matrix
 
     return read
+
+
+def _shard_with(path: Path, tensor: str) -> Path:
+    """The file with ``tensor``: ``path`` itself, or the shard that it names as an index."""
+    if path.suffix != ".json":
+        return path
+    shards = read_fields(path, "an index of safetensors files").get("weight_map")
+    shard = shards.get(tensor) if isinstance(shards, dict) else None
+    if not isinstance(shard, str):
+        raise InputError(f"{path} names no file for {tensor}: it is no index of shards, or of another model")
+    return path.parent / shard

@@ -36,6 +36,8 @@ SIZES = ("num_experts", "hidden_size", "intermediate_size")
 MAP_NORESERVE = 0x4000
 """Linux on x86-64; the mmap module of Python 3.11 does not name it."""
 
+AGAIN = "Write it again with layer.save_packed()"
+
 CHUNK = 1 << 20
 """Bytes read at a time to compute a digest."""
 
@@ -77,9 +79,14 @@ def map_packed(path: Path, config: MoEConfig, verify: bool) -> Matrices:
         raise PackedFileError(f"packed weights cannot be read from {path}: {error}") from error
     try:
         places = _places(config)
-        digests = _check_header(path, descriptor, config, places)
-        if verify:
-            _check_digests(path, descriptor, places, digests)
+        try:
+            digests = _check_header(path, descriptor, config, places)
+            if verify:
+                _check_digests(path, descriptor, places, digests)
+        except PackedFileError:
+            raise
+        except OSError as error:
+            raise PackedFileError(f"packed weights cannot be read from {path}: {error}") from error
         try:
             pages = mmap.mmap(
                 descriptor,
@@ -146,7 +153,20 @@ def _check_header(
         raise PackedFileError(
             f"{path} is damaged: it has {info.st_size} bytes, expected {_length(places)}. Write it again"
         )
-    return {name: header["matrices"][name]["sha256"] for name in places}
+    return _digests(path, header, places)
+
+
+def _digests(path: Path, header: Mapping[str, Any], places: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """SHA-256 of each matrix, if the header places it where this layout does."""
+    matrices = header.get("matrices")
+    digests: dict[str, str] = {}
+    for name, (offset, nbytes) in places.items():
+        found = matrices.get(name) if isinstance(matrices, dict) else None
+        said = found if isinstance(found, dict) else {}
+        if (said.get("offset"), said.get("nbytes")) != (offset, nbytes) or not isinstance(said.get("sha256"), str):
+            raise PackedFileError(f"{path} has a header that says other things of {name} than its layout. {AGAIN}")
+        digests[name] = said["sha256"]
+    return digests
 
 
 def _read_header(path: Path, block: bytes) -> dict[str, Any]:
@@ -155,7 +175,12 @@ def _read_header(path: Path, block: bytes) -> dict[str, Any]:
     digest, body = block[len(MAGIC) :][:DIGEST_BYTES], block[len(MAGIC) + DIGEST_BYTES :]
     if hashlib.sha256(body).digest() != digest:
         raise PackedFileError(f"{path} is damaged: its header is not what was written. Write it again")
-    header: dict[str, Any] = json.loads(body.rstrip(b"\0"))
+    try:
+        header = json.loads(body.rstrip(b"\0"))
+    except (ValueError, RecursionError) as error:
+        raise PackedFileError(f"{path} has a header that is no JSON: {error}. {AGAIN}") from error
+    if not isinstance(header, dict):
+        raise PackedFileError(f"{path} has a header that is no JSON object. {AGAIN}")
     return header
 
 

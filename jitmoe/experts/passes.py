@@ -1,8 +1,7 @@
 """Forward and backward as functions of tensors: they make results, and name what goes to the kernels."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -10,9 +9,12 @@ import torch
 from torch import Tensor
 
 from jitmoe.config import MoEConfig
+from jitmoe.errors import InputTypeError
 from jitmoe.experts import call as calls
-from jitmoe.experts.lora import Gradients, operands, rank_of
+from jitmoe.experts.inputs import FLOATS, in_memory
+from jitmoe.experts.lora import Gradients, names_of, operands, rank_of
 from jitmoe.experts.supplies import empty, supplies
+from jitmoe.experts.workspace import memory_errors
 from jitmoe.plan.projections import LORA_NAMES, NAMES
 from jitmoe.plan.scratch import Saved, saved_tensors
 
@@ -39,17 +41,6 @@ def saved_of(spec: str, slots: int, rank: int, saves: bool) -> tuple[Saved, ...]
     return saved_tensors(config.intermediate_size, slots, rank) if saves and not config.recompute else ()
 
 
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Where the system has no memory left, torch's allocator says RuntimeError and everything else MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
-
-
 def forward(
     x: Tensor,
     topk_ids: Tensor,
@@ -66,7 +57,8 @@ def forward(
     in float32: 4 I + 12 r bytes a slot.
     """
     config, isa = read_spec(spec, rank_of(lora))
-    with _memory_errors():
+    with memory_errors():
+        (x, topk_ids, weights), base, lora = _in_memory(x, topk_ids, weights, base, lora)
         call = calls.new_call(config, isa, topk_ids, lora, scale)
         out = empty(x.shape, x.dtype)
         wanted = saved_of(spec, topk_ids.numel(), rank_of(lora), saves)
@@ -98,7 +90,10 @@ def backward(
     """
     config, isa = read_spec(spec, rank_of(lora))
     wants_x, wants_weights, wants_lora = wants
-    with _memory_errors():
+    with memory_errors():
+        (x, topk_ids, weights), base, lora = _in_memory(x, topk_ids, weights, base, lora)
+        out_grad, *saved = in_memory(["the gradient of out", *["a saved tensor"] * len(saved)], [out_grad, *saved])
+        _check_dtypes(out_grad, x, lora, saved, saved_of(spec, 0, rank_of(lora), True))
         call = calls.new_call(config, isa, topk_ids, lora, scale)
         operand, out_operand, six = _operand(x), _operand(out_grad), operands(call, lora)
         x_grad = empty(x.shape, x.dtype) if wants_x else None
@@ -121,8 +116,31 @@ def backward(
         ]
 
 
+def _in_memory(
+    x: Tensor, topk_ids: Tensor, weights: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """All inputs as plain tensors with memory; nothing else gets to :meth:`torch.Tensor.data_ptr`."""
+    base_names = [f"{kind} {name}" for kind in ("packed", "bias of") for name in NAMES]
+    return (
+        in_memory(("x", "topk_ids", "weights"), (x, topk_ids, weights)),
+        in_memory(base_names[: len(base)], base),
+        in_memory(names_of(lora), lora),
+    )
+
+
+def _check_dtypes(
+    out_grad: Tensor, x: Tensor, lora: Sequence[Tensor], saved: Sequence[Tensor], planned: Sequence[Saved]
+) -> None:
+    """Refuse what hooks of saved tensors gave a compiled graph back in another dtype; others are cast before."""
+    wanted = [(x, out_grad.dtype), *((tensor, lora[0].dtype) for tensor in lora)]
+    wanted += [(tensor, getattr(torch, s.dtype)) for tensor, s in zip(saved, planned, strict=False)]
+    for tensor, dtype in wanted:
+        if tensor.dtype != dtype or dtype not in FLOATS:
+            raise InputTypeError(f"a tensor that was saved as {dtype} came back as {tensor.dtype} for backward")
+
+
 def _operand(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16).contiguous().resolve_neg()
+    return tensor.to(torch.bfloat16).contiguous()
 
 
 def _inputs(operand: Tensor, base: Sequence[Tensor], lora: Sequence[Tensor]) -> Fields:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from jitmoe.files import warn_once
 from jitmoe.process import Lock
 
 PAGE = 2 << 20
@@ -26,8 +27,22 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     except (OSError, ValueError, OverflowError) as error:
         raise MemoryError(f"cannot allocate {nbytes} bytes: {error}") from error
     if nbytes >= PAGE:
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            warn_once(f"this system has no huge pages ({error}): large layers may be slower")
     return np.frombuffer(pages, dtype=np.uint8)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Where the system has no memory left, torch's allocator says RuntimeError and everything else MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "size calculation overflowed" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 class Arenas:

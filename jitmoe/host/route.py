@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 
 from jitmoe.errors import InputError, InputTypeError
+from jitmoe.host.compiled import jit
+from jitmoe.process import compiled_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,10 @@ def route(topk_ids: np.ndarray, num_experts: int, allow_skip: bool = False) -> R
     if topk_ids.ndim != 2:
         raise InputError(f"topk_ids must be 2-D [tokens, top_k], got shape {topk_ids.shape}")
     ids = np.ascontiguousarray(topk_ids)
-    if not allow_skip:
-        _refuse_outside(ids, num_experts)
-    return Route(*_sort_slots(ids, num_experts))
+    with compiled_call():
+        if not allow_skip:
+            _refuse_outside(ids, num_experts)
+        return Route(*_sort_slots(ids, num_experts))
 
 
 def _refuse_outside(ids: np.ndarray, num_experts: int) -> None:
@@ -68,7 +70,7 @@ def _refuse_outside(ids: np.ndarray, num_experts: int) -> None:
         )
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _first_outside(ids: np.ndarray, num_experts: int) -> int:
     """Slot of the first id outside [0, num_experts), or -1."""
     tokens, top_k = ids.shape
@@ -79,7 +81,7 @@ def _first_outside(ids: np.ndarray, num_experts: int) -> int:
     return -1
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _count_rows(ids: np.ndarray, num_experts: int) -> np.ndarray:
     """[num_experts] rows of each expert."""
     counts = np.zeros(num_experts, np.int64)
@@ -92,7 +94,7 @@ def _count_rows(ids: np.ndarray, num_experts: int) -> np.ndarray:
     return counts
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _row_ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``active`` and ``offsets`` of :class:`Route`; overwrites ``counts`` with each expert's first row."""
     active = np.empty(np.count_nonzero(counts), np.int64)
@@ -108,7 +110,7 @@ def _row_ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return active, offsets
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _sort_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The four arrays of :class:`Route`, in its order."""
     next_row = _count_rows(ids, num_experts)

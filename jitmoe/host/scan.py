@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, njit  # type: ignore[attr-defined]
+from numba import carray  # type: ignore[attr-defined]
 
 from jitmoe.errors import InputError, InputTypeError
+from jitmoe.host.compiled import jit
 from jitmoe.host.tokens import compile_callback
+from jitmoe.process import compiled_call
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def scan(values: np.ndarray) -> Scan:
         raise InputError(f"values must be 2-D, got shape {values.shape}")
     form = _FORMATS[values.dtype]
     floats = None if values.dtype == np.uint16 else values
-    nan, inf, zero, first, low, high, total = _scan(values.view(form.integer), floats, form.magnitude, form.infinity)
+    with compiled_call():
+        found = _scan(values.view(form.integer), floats, form.magnitude, form.infinity)
+    nan, inf, zero, first, low, high, total = found
     finite = values.size - nan - inf
     return Scan(
         size=values.size,
@@ -135,7 +139,7 @@ def _value(key: int, dtype: np.dtype) -> float:
     return value if key >= 0 else -value
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _scan(
     bits: np.ndarray, floats: np.ndarray | None, magnitude_mask: int, infinity: int
 ) -> tuple[int, int, int, int, int, int, float]:
@@ -191,7 +195,7 @@ def _observe_at(
     _add_piece(carray(record, 9), bits, floats, row, column)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _add_piece(record: np.ndarray, bits: np.ndarray, floats: np.ndarray, row: int, column: int) -> None:
     """Add the piece that begins at (row, column) of its tensor to ``record``."""
     nan, inf, zero, first, low, high, total = _scan(bits, floats, 0x7FFF_FFFF, 0x7F80_0000)
@@ -211,7 +215,7 @@ def _add_piece(record: np.ndarray, bits: np.ndarray, floats: np.ndarray, row: in
     record[8] += total
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _float_of(key: int) -> float:
     """The float32 number whose sort key is ``key``; ``_value`` for compiled code."""
     if key >= 0:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit  # type: ignore[attr-defined]
+from numba import carray  # type: ignore[attr-defined]
 
-from jitmoe.process import Lock
+from jitmoe.host.compiled import callback, jit
+from jitmoe.process import Lock, compiled_call
 
 _GATHER_ROWS = "void(CPointer(uint16), int64, CPointer(int64), int64, int64, int64, CPointer(uint16), int64)"
 _SUM_ROWS = (
@@ -23,7 +24,7 @@ _SUM_ROWS = (
 _unsigned = np.uintp
 
 # Inlined into their C entry: to pass the arrays takes some 20 stack words, as long as a row of 32 columns.
-_jit = njit(cache=True, nogil=True, forceinline=True)
+_jit = jit(forceinline=True)
 
 
 @_jit
@@ -107,13 +108,13 @@ _compiling = Lock()
 def compile_callback(function: Callable[..., None], signature: str) -> Any:
     """The Numba cfunc of a module-level ``function``, compiled once and kept for the life of the process."""
     # functools.cache alone lets two threads compile at once and then drops one result, whose address is in use.
-    with _compiling:
+    with _compiling, compiled_call():
         return _compile_once(function, signature)
 
 
 @functools.cache
 def _compile_once(function: Callable[..., None], signature: str) -> Any:
-    return cfunc(signature, cache=True)(function)
+    return callback(function, signature)
 
 
 # C does not pass T, the leading dimension of the arrays that are indexed by token. Any number will do: addresses in a

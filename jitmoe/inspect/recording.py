@@ -90,13 +90,13 @@ def read_recording(path: Path, lora_alpha: float | None = None) -> Recording:
 
 def _read_capture(content: Mapping[str, Any]) -> Recording:
     config = _captured_config(content["config"])
-    experts: Tensor = content["experts"]
+    experts = _integers(content, "experts")
     if not experts.numel():
         raise CaptureError("no expert was chosen in the captured call: there is nothing to compute")
     # An expert's place in the file, or -1: the call skipped the slots of experts that the file lacks.
     place = torch.full((config.num_experts,), -1)
     place[experts] = torch.arange(experts.numel())
-    ids: Tensor = content["topk_ids"]
+    ids = _integers(content, "topk_ids")
     kept = (ids >= 0) & (ids < config.num_experts)
     held = replace(config, num_experts=experts.numel())
     inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), held)
@@ -106,8 +106,11 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
         notes.append("no backward was captured: the gradient of out is random")
     names = {"out": "out", "x_grad": "x", "weights_grad": "weights"}
     names |= {f"{name}_grad": name for name in LoraTensors._fields}
-    results = {name: content[key] for key, name in names.items() if key in content}
-    return Recording(held, inputs, content["isa"], results, tuple(experts.tolist()), tuple(notes))
+    results = {name: _tensor(content, key) for key, name in names.items() if key in content}
+    isa = content["isa"]
+    if not isinstance(isa, str):
+        raise TypeError(f"isa is a {type(isa).__name__}, expected the name of an instruction set")
+    return Recording(held, inputs, isa, results, tuple(experts.tolist()), tuple(notes))
 
 
 def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
@@ -174,6 +177,13 @@ def _lora(content: Mapping[str, Any]) -> LoraTensors | None:
     if all(content.get(name) is None for name in LoraTensors._fields):
         return None
     return LoraTensors(*(_tensor(content, name) for name in LoraTensors._fields))
+
+
+def _integers(content: Mapping[str, Any], name: str) -> Tensor:
+    tensor = _tensor(content, name)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} has the dtype {tensor.dtype}, expected int64 or int32")
+    return tensor.long()
 
 
 def _tensor(content: Mapping[str, Any], name: str) -> Tensor:

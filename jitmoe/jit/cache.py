@@ -1,25 +1,24 @@
-"""The store of compiled kernels on disk: where it is, who may write to it, what an intact entry is.
+"""The store of compiled kernels on disk: where it is, what an intact entry is, how one appears.
 
     <root>/<first 32 digits of the key>/kernel.so   the library
                                         kernel.cpp  the rendered instance
                                         build.log   the command and what the compiler said
                                         meta.json   the whole key, SHA-256 of kernel.so, origin
-    <root>/<...>.lock .tmp .bad .log                lock, entry in the making, damaged entry, failed build
+    <root>/<...>.lock .bad .log                     lock, damaged entry, failed build
+    <root>/<...>.<random>.tmp                       entry in the making
 
 An entry appears by one rename of a finished directory, so a reader sees all of it or nothing.
 """
 
-import atexit
-import functools
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
+import secrets
 import shutil
-import stat
-import tempfile
-import warnings
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 
-from jitmoe import settings
-from jitmoe.errors import BuildError, CacheSecurityError
+from jitmoe.errors import BuildError
+from jitmoe.files import acquire, warn_once
+from jitmoe.jit import trust
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,17 @@ SOURCE = "kernel.cpp"
 LOG = "build.log"
 META = "meta.json"
 
+META_BYTES = 1 << 16
+"""Bytes of meta.json that are read; ours are hundreds."""
+
 PREFIX_DIGITS = 32
-_OUR_NAMES = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS}}}(\.lock|\.tmp|\.bad|\.log)?")
+_OUR_NAMES = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS}}}(\.lock|(\.[0-9a-f]+)?\.tmp|\.bad|\.log)?")
+
+NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
+"""What the system says where it does not offer modes."""
+
+STALE_SECONDS = 3600.0
+"""Age from which on an entry in the making is taken for abandoned, where there are no locks to tell."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +59,55 @@ class Entry:
     meta: dict[str, Any]
     intact: bool
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files in it."""
+        return sum(path.lstat().st_size for path in self.directory.iterdir()) if self.directory.is_dir() else 0
+
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache directory that only this user can write to, as was checked."""
+    """A cache directory that nobody else can write to, as was checked; this user may be unable to write to it too."""
 
     root: Path
 
     def find(self, key: str) -> Path | None:
-        """Path of the library of ``key`` if its entry is whole and its digest right, else None."""
-        directory = self._path(key)
-        meta = _read_meta(directory)
-        return directory / LIBRARY if meta.get("key") == key and _is_intact(directory, meta) else None
+        """Path of the library of ``key`` if its entry is whole and its digest right, else None.
+
+        Raises:
+            CacheSecurityError: the entry belongs to somebody else, or is writable by others.
+        """
+        entry = read_entry(self._path(key))
+        return entry.directory / LIBRARY if entry.intact and entry.meta.get("key") == key else None
+
+    def find_source(self, source: str) -> Path | None:
+        """Path of an intact library that some compiler made of these sources, else None; errors as of :meth:`find`."""
+        for path in sorted(self._published()):
+            entry = read_entry(path)
+            if entry.intact and entry.meta.get("source") == source:
+                return path / LIBRARY
+        return None
 
     @contextmanager
-    def lock(self, key: str, timeout: float) -> Iterator[None]:
+    def lock(self, key: str, timeout: float) -> Iterator[bool]:
         """Hold the lock of ``key`` against other processes and threads; the system frees it if this process dies.
+
+        Yields whether there is a lock. Without locks in the file system two processes may compile the same kernel, each
+        in a directory of its own, and the first one to finish publishes it.
 
         Raises:
             BuildError: another process held the lock for ``timeout`` seconds.
         """
-        lock = filelock.FileLock(self._path(key, ".lock"), timeout=timeout, mode=0o600)
+        lock = filelock.FileLock(self._path(key, ".lock"), timeout=timeout, mode=0o600, fallback_to_soft=False)
         try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise BuildError(
-                f"another process held {lock.lock_file} for {timeout:g} s: it compiles the same kernel or is stopped"
-            ) from None
-        try:
-            yield
+            try:
+                acquire(lock)
+            except BlockingIOError:
+                raise BuildError(
+                    f"another process held {lock.lock_file} for {timeout:g} s: "
+                    "it compiles the same kernel or is stopped"
+                ) from None
+            yield lock.is_locked
         finally:
             lock.release()
 
@@ -87,158 +115,129 @@ class Cache:
         """Path of the log of a build in progress; the log stays there if the build fails."""
         return self._path(key, ".log")
 
-    def start(self, key: str) -> Path:
-        """Empty directory to build ``key`` in; call with the lock held.
+    def start(self, key: str, alone: bool = True) -> Path:
+        """Empty directory to build ``key`` in; ``alone`` is what :meth:`lock` yields.
 
-        What a killed process left there is removed. An entry under this key has failed its check: it is renamed, so
-        that a person can look at it.
+        What a killed process left there is removed as far as possible: its compiler may still write there. An entry
+        under this key has failed its check: it is renamed, so that a person can look at it.
         """
-        entry, damaged, workspace = self._path(key), self._path(key, ".bad"), self._path(key, ".tmp")
+        entry, damaged = self._path(key), self._path(key, ".bad")
         if os.path.lexists(entry):
             log.warning("kernel cache entry %s is damaged: moved to %s, building it again", entry, damaged)
             _remove(damaged)
             entry.rename(damaged)
-        _remove(workspace)
+        for left in self.root.glob(f"{entry.name}.*tmp"):
+            if alone or time.time() - left.lstat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        workspace = self._path(key, f".{secrets.token_hex(4)}.tmp")
         workspace.mkdir(mode=0o700)
         return workspace
 
     def publish(self, key: str, workspace: Path, origin: dict[str, Any]) -> Path:
         """Make the directory from :meth:`start` the entry of ``key``; return the library's path."""
-        self.log_path(key).rename(workspace / LOG)
+        if self.log_path(key).exists():
+            self.log_path(key).rename(workspace / LOG)
         meta = {"key": key, "digest": _digest(workspace / LIBRARY), **origin}
         (workspace / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for path in workspace.iterdir():
-            path.chmod(0o600)
+            _restrict(path)
             _sync(path)
         # Contents reach the disk before the name does: after a power cut there is no empty library.
-        _sync(workspace)
-        workspace.rename(self._path(key))
-        _sync(self.root)
+        _sync_directory(workspace)
+        try:
+            workspace.rename(self._path(key))
+        except OSError:
+            if self.find(key) is None:
+                raise
+            shutil.rmtree(workspace, ignore_errors=True)  # without locks somebody else was faster
+        _sync_directory(self.root)
         return self._path(key) / LIBRARY
 
-    def abandon(self, key: str) -> None:
+    def abandon(self, workspace: Path) -> None:
         """Remove what :meth:`start` made, after a failed build; call with the lock held."""
-        _remove(self._path(key, ".tmp"))
+        shutil.rmtree(workspace, ignore_errors=True)
 
     def entries(self) -> list[Entry]:
         """All published kernels, ordered by name."""
-        found = []
-        for directory in self.root.iterdir():
-            if _OUR_NAMES.fullmatch(directory.name) and "." not in directory.name:
-                meta = _read_meta(directory)
-                found.append(Entry(directory, meta, _is_intact(directory, meta)))
+        found = map(read_entry, self._published())
         return sorted(found, key=lambda entry: (str(entry.meta.get("name")), entry.directory.name))
 
     def clear(self) -> int:
         """Remove every kernel, log and leftover; return the number of kernels. Other files stay."""
-        kernels = len(self.entries())
-        for path in list(self.root.iterdir()):
+        ours = [path for path in self.root.iterdir() if _OUR_NAMES.fullmatch(path.name)]
+        for path in ours:
             # A process that compiles now may hold a lock file; without the file a second process would get in.
-            if _OUR_NAMES.fullmatch(path.name) and path.suffix != ".lock":
+            if path.suffix != ".lock":
                 _remove(path)
-        return kernels
+        return sum("." not in path.name for path in ours)
+
+    def _published(self) -> list[Path]:
+        paths = self.root.iterdir() if self.root.is_dir() else ()
+        return [path for path in paths if _OUR_NAMES.fullmatch(path.name) and "." not in path.name]
 
     def _path(self, key: str, suffix: str = "") -> Path:
         return self.root / (key[:PREFIX_DIGITS] + suffix)
 
 
-def location() -> Path:
-    """Where kernels are meant to be kept: $JITMOE_CACHE_DIR, or the user's cache directory."""
-    chosen: Path | None = settings.get("cache_dir")
-    return platformdirs.user_cache_path("jitmoe") if chosen is None else chosen.absolute()
-
-
-def open_cache() -> Cache:
-    """The cache at :func:`location`, created if need be.
-
-    Where nothing can be written or executed there, a warning is given once and a private directory takes its place
-    until this process ends.
+def read_entry(directory: Path) -> Entry:
+    """The entry in ``directory``, its digest checked; one that is not whole, or is no entry at all, is not intact.
 
     Raises:
-        CacheSecurityError: somebody else could put a library there.
+        CacheSecurityError: it, or a file in it, belongs to somebody else or is writable by others.
     """
-    root = location()
-    reason = _why_unusable(root)
-    return Cache(root if reason is None else _private_root(root, reason))
-
-
-def _why_unusable(root: Path) -> str | None:
-    """Create and check ``root``; None if kernels can be kept there."""
-    if not root.is_absolute():
-        return "there is no home directory"
     try:
-        if root.is_symlink():
-            raise CacheSecurityError(
-                f"kernel cache {root} is a symbolic link. Name the real directory in JITMOE_CACHE_DIR"
-            )
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_ours_alone(root)
-        if os.statvfs(root).f_flag & os.ST_NOEXEC:
-            return "its file system is mounted noexec"
-    except OSError as error:
-        return str(error)
-    return None if os.access(root, os.W_OK | os.X_OK) else "it is not writable"
+        with trust.opened(directory, directory=True) as inside:
+            meta = _read_meta(inside)
+            with trust.opened(LIBRARY, inside=inside) as library:
+                return Entry(directory, meta, digest_of(library) == meta.get("digest"))
+    except OSError:
+        return Entry(directory, {}, False)
 
 
-def _check_ours_alone(root: Path) -> None:
-    info = root.lstat()
-    if info.st_uid != os.geteuid():
-        raise CacheSecurityError(
-            f"kernel cache {root} belongs to user id {info.st_uid}, not to you ({os.geteuid()}). "
-            "Set JITMOE_CACHE_DIR to a directory of your own."
-        )
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheSecurityError(f"kernel cache {root} is writable by others. Repair it: chmod go-w {root}")
-    for parent in root.resolve().parents:
-        mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise CacheSecurityError(
-                f"kernel cache {root} can be replaced by others: {parent} is writable by everybody. "
-                f"Repair it (chmod o-w {parent}) or set JITMOE_CACHE_DIR."
-            )
+@contextmanager
+def opened_library(path: Path) -> Iterator[int]:
+    """A descriptor of the library ``path`` of an entry: its owner, mode and digest were read from this descriptor.
+
+    Raises:
+        CacheSecurityError: as of :func:`read_entry`.
+        OSError: the entry is no longer whole.
+    """
+    with trust.opened(path.parent, directory=True) as inside, trust.opened(path.name, inside=inside) as library:
+        if digest_of(library) != _read_meta(inside).get("digest"):
+            raise OSError(errno.EIO, "the library has changed since it was published", str(path))
+        yield library
 
 
-@functools.cache
-def _private_root(intended: Path, reason: str) -> Path:
-    private = Path(tempfile.mkdtemp(prefix="jitmoe-"))
-    warnings.warn(
-        f"kernels cannot be kept in {intended}: {reason}. They are compiled into {private} for this process "
-        "only. Set JITMOE_CACHE_DIR to a directory that you can write to and execute from.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    atexit.register(_remove_if_owner, private, os.getpid())
-    return private
-
-
-def _remove_if_owner(private: Path, creator: int) -> None:
-    if os.getpid() == creator:  # not in a forked child, whose parent still uses it
-        shutil.rmtree(private, ignore_errors=True)
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    """Contents of meta.json; empty if it is missing or not what we wrote."""
+def _read_meta(inside: int) -> dict[str, Any]:
+    """Contents of meta.json in a directory; empty if it is missing or not what we wrote."""
     try:
-        meta = json.loads((directory / META).read_bytes())
-    except (OSError, ValueError):
+        with trust.opened(META, inside=inside) as descriptor:
+            meta = json.loads(os.pread(descriptor, META_BYTES, 0))
+    except (OSError, ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_intact(directory: Path, meta: dict[str, Any]) -> bool:
-    """Whether the library is a regular file in a real directory and has the digest it was published with."""
-    library = directory / LIBRARY
-    if directory.is_symlink() or library.is_symlink() or not library.is_file():
-        return False
-    try:
-        return _digest(library) == meta.get("digest")
-    except OSError:
-        return False
+def digest_of(descriptor: int) -> str:
+    """SHA-256 of the file, in hexadecimal digits."""
+    with open(descriptor, "rb", closefd=False) as stream:
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return digest_of(stream.fileno())
+
+
+def _restrict(path: Path) -> None:
+    """Mode 0600, as far as the file system has modes; whoever reads the entry looks at the mode that it got."""
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        if error.errno not in NOT_HERE:
+            raise
+        warn_once(f"modes cannot be set in {path.parent.parent}: {error}")
 
 
 def _sync(path: Path) -> None:
@@ -247,6 +246,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    """Bring the names in ``path`` to the disk. Where that fails a power cut may cost the entry, and nothing more."""
+    try:
+        _sync(path)
+    except OSError as error:
+        warn_once(f"directories cannot be synchronised in {path}: {error}")
 
 
 def _remove(path: Path) -> None:

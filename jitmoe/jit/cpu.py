@@ -28,6 +28,11 @@ def detect() -> Cpu:
     return Cpu(_model_name(), frozenset(name for name, present in found.items() if present))
 
 
+def known_features() -> tuple[str, ...]:
+    """Names of all features that LLVM knows of this architecture, offered or not."""
+    return tuple(llvmlite.binding.get_host_cpu_features())
+
+
 def _model_name() -> str:
     """Name from /proc/cpuinfo; the architecture where there is no such file or line."""
     try:

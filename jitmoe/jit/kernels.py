@@ -13,6 +13,7 @@ from jitmoe.errors import KernelError
 from jitmoe.jit import abi
 from jitmoe.jit.build import ensure
 from jitmoe.jit.capability import resolve_isa
+from jitmoe.jit.library import load as load_library
 from jitmoe.jit.render import render
 from jitmoe.plan.shapes import Shape
 
@@ -21,12 +22,15 @@ class Kernels:
     """The functions of one loaded instance.
 
     Raises:
-        KernelError: the library was built for another version of the C interface.
+        KernelError: the library was built for another version of the C interface, or cannot be loaded.
+        CacheSecurityError: it is in the hands of somebody else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        library = ctypes.CDLL(str(path))
+        library = load_library(path)
+        if not hasattr(library, "jitmoe_abi"):
+            raise KernelError(f"{path} is no kernel of jitmoe; run `jitmoe cache clear`")
         library.jitmoe_call_size.restype = ctypes.c_int64
         if library.jitmoe_abi() != abi.ABI_VERSION or library.jitmoe_call_size() != abi.CALL.itemsize:
             raise KernelError(f"{path} was built for another version of jitmoe; run `jitmoe cache clear`")

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jitmoe.errors import BuildError, CacheSecurityError, IsaError
+from jitmoe.errors import BuildError, CacheSecurityError, IsaError, KernelError
+from jitmoe.jit import library
 from jitmoe.jit.build import ensure
 from jitmoe.jit.render import read_program
 
@@ -21,10 +22,10 @@ class EmulatorLibrary:
         IsaError: the library cannot be loaded, or exports no such function.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, load: Callable[[Path], ctypes.CDLL] | None = None) -> None:
         self.path = path
         try:
-            self._library = ctypes.CDLL(str(path))
+            self._library = ctypes.CDLL(str(path)) if load is None else load(path)
         except OSError as error:
             raise IsaError(f"the emulator {path} cannot be loaded: {error}") from error
         self._install = self._find("jitmoe_emulator_install", ctypes.c_int)
@@ -71,7 +72,7 @@ def emulator() -> EmulatorLibrary:
         BuildError: it cannot be compiled.
         CacheSecurityError: somebody else could write into the cache.
     """
-    return EmulatorLibrary(ensure(read_program("emulator", "ref")))
+    return EmulatorLibrary(ensure(read_program("emulator", "ref")), library.load)
 
 
 def install_emulator(wanted: str) -> str | None:
@@ -82,7 +83,7 @@ def install_emulator(wanted: str) -> str | None:
     """
     try:
         (emulator() if wanted == "1" else EmulatorLibrary(Path(wanted))).install()
-    except (IsaError, BuildError, CacheSecurityError) as error:
+    except (IsaError, BuildError, CacheSecurityError, KernelError) as error:
         return str(error)
     return None
 
@@ -95,12 +96,12 @@ def check_tiles() -> str | None:
         What failed, or None.
     """
     try:
-        library = ctypes.CDLL(str(ensure(read_program("probe", "amx"))))
-    except (BuildError, CacheSecurityError) as error:
+        probe = library.load(ensure(read_program("probe", "amx")))
+    except (BuildError, CacheSecurityError, KernelError) as error:
         return f"the test of its tiles cannot be compiled: {error}"
-    if library.jitmoe_tile_palettes() < 1:
+    if probe.jitmoe_tile_palettes() < 1:
         return "CPUID reports no palette of tiles"
-    return tile_permission_fault(library.jitmoe_request_tiles()) or tile_test_fault(library.jitmoe_test_tiles())
+    return tile_permission_fault(probe.jitmoe_request_tiles()) or tile_test_fault(probe.jitmoe_test_tiles())
 
 
 def tile_permission_fault(status: int) -> str | None:
@@ -125,7 +126,7 @@ def tile_test_fault(verdict: int) -> str | None:
 
 def number_function(path: Path, name: str, arguments: int) -> Callable[..., float]:
     """``double name(int64_t, ...)`` with ``arguments`` arguments, from the library ``path``; runs without the GIL."""
-    function: Callable[..., float] = getattr(ctypes.CDLL(str(path)), name)
+    function: Callable[..., float] = getattr(library.load(path), name)
     function.argtypes = [ctypes.c_int64] * arguments  # type: ignore[attr-defined]
     function.restype = ctypes.c_double  # type: ignore[attr-defined]
     return function

@@ -9,7 +9,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
 
+from jitmoe.errors import BuildError
 from jitmoe.plan.shapes import Shape
+
+READ_ADVICE = "Close files of this process or raise its limit (ulimit -n), or install jitmoe again."
 
 INSTANCE_TEMPLATE = "instance.cpp.in"
 
@@ -63,7 +66,7 @@ def _shipped() -> Traversable:
 
 def render(shape: Shape) -> Instance:
     """Render the instance of ``shape``."""
-    template = Template((template_dir() / INSTANCE_TEMPLATE).read_text(encoding="utf-8"))
+    template = Template(_read(INSTANCE_TEMPLATE))
     members = (f"    .{field.name} = {_literal(field.name, getattr(shape, field.name))}," for field in fields(shape))
     text = template.substitute(name=shape.name, members="\n".join(members))
     return Instance(shape, text)
@@ -76,4 +79,11 @@ def _literal(name: str, value: str | int | bool) -> str:
 
 def read_program(name: str, isa: str) -> Instance:
     """The program ``name``.cpp of the templates, to be compiled with the flags of ``isa``."""
-    return Instance(Program(name, isa), (template_dir() / "tools" / f"{name}.cpp").read_text(encoding="utf-8"))
+    return Instance(Program(name, isa), _read(f"tools/{name}.cpp"))
+
+
+def _read(name: str) -> str:
+    try:
+        return template_dir().joinpath(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BuildError(f"the template {name} cannot be read: {error}. {READ_ADVICE}") from error

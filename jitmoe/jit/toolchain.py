@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import BinaryIO
 from jitmoe import settings
 from jitmoe.errors import BuildError
 from jitmoe.isa import ISAS
+from jitmoe.jit import cpu
 
 INSTALL_ADVICE = (
     "Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) "
@@ -27,6 +30,14 @@ OPENMP_ADVICE = (
 
 IDENTIFY_TIMEOUT = 30.0
 """Seconds that ``--version`` may take; wrappers and network file systems make it slow."""
+
+OLDEST = {"gcc": ("__GNUC__", 11), "clang": ("__clang_major__", 12)}
+"""The macro with the version, and the first version that knows C++20 and the flags of all instruction sets."""
+
+MACRO = re.compile(r"^#define (\w+) (.*)$", re.MULTILINE)
+
+BASELINE = {"64bit", "cmov", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"}
+"""Features of every x86-64 CPU."""
 
 COMMON_FLAGS = (
     "-std=c++20",
@@ -62,7 +73,8 @@ class Compiler:
 
     Attributes:
         path: absolute path of the program.
-        identity: first line of ``--version`` and the target. It has no path in it and is part of each key.
+        identity: first line of ``--version``, the target, and CPU features that it uses without being asked. It has no
+            path in it and is part of each key.
         kind: "gcc" or "clang".
     """
 
@@ -125,7 +137,7 @@ def compile(
     with open(os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as stream:
         stream.write(os.fsencode(shlex.join(command)) + b"\n")
         stream.flush()
-        failure = _run(command, timeout, stream, folder)
+        failure = run(command, timeout, stream, folder)
     if failure is None and not _is_library(output):
         # A wrapper script may lose the exit status of its compiler.
         failure = "reported success and wrote no shared library"
@@ -164,20 +176,43 @@ def _identify_version(path: Path, mtime_ns: int, size: int) -> Compiler:
         kind = "gcc"
     else:
         raise BuildError(f"{path} is neither GCC nor clang; it says: {version[:200]!r}. {INSTALL_ADVICE}")
-    return Compiler(path, f"{version.splitlines()[0]} {_ask(path, '-dumpmachine')}", kind)
+    macros = dict(MACRO.findall(_ask(path, "-dM", "-E", "-x", "c++", os.devnull)))
+    name, least = OLDEST[kind]
+    if int(macros.get(name, least)) < least:
+        raise BuildError(f"{path} is {version.splitlines()[0]}: jitmoe needs {kind} {least} or newer. {INSTALL_ADVICE}")
+    own = _own_features(path, macros)
+    identity = f"{version.splitlines()[0]} {_ask(path, '-dumpmachine')}"
+    return Compiler(path, f"{identity} with {' '.join(own)}" if own else identity, kind)
 
 
-def _ask(path: Path, question: str) -> str:
+def _own_features(path: Path, macros: Mapping[str, str]) -> list[str]:
+    """CPU features that the program uses without being asked: a wrapper adds flags, or a distribution has defaults.
+
+    Raises:
+        BuildError: this CPU lacks one of them.
+    """
+    known = {feature: f"__{re.sub('[-.]', '_', feature).upper()}__" for feature in cpu.known_features()}
+    own = sorted(feature for feature, macro in known.items() if macro in macros and feature not in BASELINE)
+    lacking = [feature for feature in own if feature not in cpu.detect().features]
+    if lacking:
+        raise BuildError(
+            f"{path} compiles for {', '.join(lacking)}, which this CPU lacks, although no flag asks for it: is it a "
+            "wrapper that adds flags? Name the compiler itself in JITMOE_CXX"
+        )
+    return own
+
+
+def _ask(path: Path, *question: str) -> str:
     with tempfile.TemporaryFile() as stream:
-        failure = _run([str(path), question], IDENTIFY_TIMEOUT, stream)
+        failure = run([str(path), *question], IDENTIFY_TIMEOUT, stream)
         stream.seek(0)
         answer = stream.read().decode(errors="replace").strip()
     if failure is not None or not answer:
-        raise BuildError(f"{path} {question} {failure or 'said nothing'}: {answer[:200]!r}. {INSTALL_ADVICE}")
+        raise BuildError(f"{path} {' '.join(question)} {failure or 'said nothing'}: {answer[:200]!r}. {INSTALL_ADVICE}")
     return answer
 
 
-def _run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
+def run(command: list[str], timeout: float, stream: BinaryIO, folder: Path | None = None) -> str | None:
     """Run ``command`` with its output in ``stream``; None if it succeeded, else what happened to it.
 
     The output is a file, because a background process that the compiler leaves (a compile server) would hold a pipe

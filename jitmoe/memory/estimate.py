@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import psutil
-
 from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import ConfigError
+from jitmoe.limits import available_memory
 from jitmoe.memory.plan import MemoryPlan, kernels_of, plan_call
 from jitmoe.memory.tensors import KINDS
 from jitmoe.plan.groups import GROUP_BYTES
@@ -176,8 +175,3 @@ def _int8_saving(load: Load, plan: MemoryPlan) -> int:
     config = load.config
     scales = config.num_experts * (2 * config.intermediate_size + config.hidden_size) * ITEM_BYTES["float32"]
     return load.layers * (plan.by_kind()["packed weight"] // 2 - scales)
-
-
-def available_memory() -> int:
-    """Bytes that new allocations can take without swapping, as the system reports them."""
-    return int(psutil.virtual_memory().available)

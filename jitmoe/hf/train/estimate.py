@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from jitmoe.errors import BudgetError
 from jitmoe.hf.train.sketch import Held, Sketch
 from jitmoe.hf.understand import Understood
+from jitmoe.limits import available_memory
 from jitmoe.memory import estimate as experts_estimate
 from jitmoe.memory.estimate import ADAM_STATES, Load
 from jitmoe.text import size, table
@@ -113,7 +114,7 @@ def _experts(modules: Counter[Understood], top_k: int, rank: int, tokens: int, t
 
 
 def _free(memory_budget: int | None) -> tuple[int, str]:
-    available = experts_estimate.available_memory()
+    available = available_memory()
     if memory_budget is None or memory_budget > available:
         return available, "free memory of this machine"
     return memory_budget, "--memory-budget"
