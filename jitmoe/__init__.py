@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jitmoe.experts.functional import Adapters, moe_experts, pack_base
     from jitmoe.experts.layer import MoELayer
     from jitmoe.experts.pack import safetensors_source
+    from jitmoe.experts.quantized import Quantized
     from jitmoe.inspect.tracing import trace
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "MoELayer",
     "PackedFileError",
     "PlanError",
+    "Quantized",
     "SettingError",
     "TraceError",
     "WeightsChangedError",
@@ -66,6 +68,7 @@ __all__ = [
 _LAZY = {
     "Adapters": "jitmoe.experts.functional",
     "MoELayer": "jitmoe.experts.layer",
+    "Quantized": "jitmoe.experts.quantized",
     "moe_experts": "jitmoe.experts.functional",
     "pack_base": "jitmoe.experts.functional",
     "safetensors_source": "jitmoe.experts.pack",

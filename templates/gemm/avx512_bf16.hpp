@@ -50,28 +50,33 @@ struct GemmAvx512Bf16 {
     store_pairs(pairs, count, column, column + columns, block);
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
-                      const SumStart& start, float* strip, float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
+                      const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(k, kKStep);
-    constexpr int64_t kChunkBlocks = kTuned.forward_blocks;
-    for (int64_t first = 0; first < all; first += kChunkBlocks)
-      sweep<true>(panel, blocks, k, first, weights.block(first),
-                  NextChunk(weights, first, kChunkBlocks, all, blocks.count),
-                  smaller(kChunkBlocks, all - first), first ? SumStart::strip(strip) : start, strip);
+    constexpr int64_t kChunkBlocks = Pairs<S>::kPlain ? kTuned.forward_blocks : kTuned.decoded_blocks;
+    Pairs<S> pairs(weights);
+    for (int64_t first = 0; first < all; first += kChunkBlocks) {
+      const int64_t count = smaller(kChunkBlocks, all - first);
+      sweep<Pairs<S>::kPlain>(panel, blocks, k, first,
+                              pairs.run(first, count, reinterpret_cast<bf16*>(scratch)),
+                              NextChunk<S>(weights, first, kChunkBlocks, all, blocks.count), count,
+                              first ? SumStart::strip(strip) : start, strip);
+    }
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights<S>& weights,
                        const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(n, kKStep);
     bf16* paired = reinterpret_cast<bf16*>(scratch);
     constexpr int64_t kChunkBlocks = kTuned.backward_blocks;
+    Pairs<S> pairs(weights);
     for (int64_t first = 0; first < all; first += kChunkBlocks) {
       const int64_t count = smaller(kChunkBlocks, all - first);
-      for (int64_t i = 0; i < count; ++i) pair_outputs(weights.block(first + i), paired + i * kBlockElements);
+      for (int64_t i = 0; i < count; ++i) pair_outputs(pairs.block(first + i), paired + i * kBlockElements);
       sweep<false>(panel, blocks, n, first, paired,
-                   NextChunk(weights, first, kChunkBlocks, all, blocks.count), count,
+                   NextChunk<S>(weights, first, kChunkBlocks, all, blocks.count), count,
                    first ? SumStart::strip(strip) : start, strip);
     }
   }
@@ -102,7 +107,7 @@ struct GemmAvx512Bf16 {
   // All row blocks over `count` blocks of pairs, packed ones in forward and re-paired ones in backward.
   template <bool Packed>
   static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
-                    const bf16* pairs, const NextChunk& next, int64_t count, const SumStart& start,
+                    const bf16* pairs, const NextChunk<S>& next, int64_t count, const SumStart& start,
                     float* strip) {
     for (int64_t b = 0; b < blocks.count; ++b)
       Vectors::with_rows(blocks.size(b), [&]<int R>() {
