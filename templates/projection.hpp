@@ -33,16 +33,22 @@ struct ProjectionOf {
   const Item* strip(int64_t expert, int64_t index) const {
     return matrix(expert) + index * L::strip_items(kIn);
   }
-  const Item* column(int64_t expert, int64_t index) const {
-    return matrix(expert) + index * L::kBlockItems;
-  }
+  const Item* column(int64_t expert, int64_t index) const { return matrix(expert) + index * L::kBlockItems; }
 
   // What a product over a strip, and over a column of blocks, contracts with.
   Weights<S> strip_weights(int64_t expert, int64_t index, const Item* next) const {
-    return {strip(expert, index), next, L::kBlockItems, scales(expert), L::scale_columns(kIn), index, 0, false};
+    return {
+        strip(expert, index), next, L::kBlockItems, scales(expert), L::scale_columns(kIn), index, 0, false};
   }
   Weights<S> column_weights(int64_t expert, int64_t index, const Item* next) const {
-    return {column(expert, index), next, L::strip_items(kIn), scales(expert), L::scale_columns(kIn), 0, index, true};
+    return {column(expert, index),
+            next,
+            L::strip_items(kIn),
+            scales(expert),
+            L::scale_columns(kIn),
+            0,
+            index,
+            true};
   }
 
  private:

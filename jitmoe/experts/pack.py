@@ -16,6 +16,7 @@ from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit.kernels import Kernels
 from jitmoe.process import usable_threads
 
+
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
     """Experts that are packed already, int16 [E, packed items]; a layer takes them as they are."""

@@ -54,7 +54,7 @@ class Recording:
 
     config: MoEConfig
     inputs: Inputs
-    base: Mapping[str, Tensor | Quantized]
+    base: Mapping[str, Any]
     isa: str | None
     results: Results
     experts: tuple[int, ...]
@@ -112,7 +112,9 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     names = {"out": "out", "x_grad": "x", "weights_grad": "weights"}
     names |= {f"{name}_grad": name for name in LoraTensors._fields}
     results = {name: content[key] for key, name in names.items() if key in content}
-    return Recording(held, inputs, inputs.base() | quantized, content["isa"], results, tuple(experts.tolist()), tuple(notes))
+    return Recording(
+        held, inputs, {**inputs.base(), **quantized}, content["isa"], results, tuple(experts.tolist()), tuple(notes)
+    )
 
 
 def _quantized(content: Mapping[str, Any], config: MoEConfig) -> tuple[dict[str, Quantized], Mapping[str, Any]]:

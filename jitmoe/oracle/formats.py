@@ -36,4 +36,6 @@ def scales_of(packing: Packing, scales: Tensor, out: int, in_: int) -> Tensor:
         if packing.scale == "e8m0":
             scales = torch.where(scales == 0xFF, torch.nan, torch.exp2(scales.double() - 127)).float()
         return scales.float().repeat_interleave(packing.group, -1)[..., :in_]
-    return scales.float().reshape(*scales.shape[: scales.dim() - (1 if packing.format.name == "int8_row" else 2)], out, 1)
+    return scales.float().reshape(
+        *scales.shape[: scales.dim() - (1 if packing.format.name == "int8_row" else 2)], out, 1
+    )

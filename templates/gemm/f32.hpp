@@ -125,7 +125,8 @@ struct GemmF32 {
     const int64_t all = ceil_div(k, kKStep);
     Pairs<S> pairs(weights);
     for (int64_t first = 0; first < all; first += kDecoded) {
-      const Weights<kAsPairs> chunk{pairs.run(first, smaller(kDecoded, all - first), room), nullptr, kBlockElements};
+      const Weights<kAsPairs> chunk{pairs.run(first, smaller(kDecoded, all - first), room), nullptr,
+                                    kBlockElements};
       const int64_t columns = smaller(kDecoded * kKStep, k - first * kKStep);
       for (int64_t b = 0; b < blocks.count; ++b)
         Vectors::with_rows(blocks.size(b), [&]<int R>() {

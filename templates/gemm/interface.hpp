@@ -165,11 +165,11 @@ concept MultipliesForward =
 
 // strip = start + panel [rows, n] . W[n, 32 inputs]. Columns of `strip` and `start` are in the order of the lanes.
 template <class G, Shape S>
-concept MultipliesBackward =
-    HasOperand<G> && requires(const typename G::Operand* panel, int64_t rows, int64_t n,
-                              const Weights<S>& weights, const SumStart& start, float* strip, float* scratch) {
-      G::backward(panel, rows, n, weights, start, strip, scratch);
-    };
+concept MultipliesBackward = HasOperand<G> && requires(const typename G::Operand* panel, int64_t rows,
+                                                       int64_t n, const Weights<S>& weights,
+                                                       const SumStart& start, float* strip, float* scratch) {
+  G::backward(panel, rows, n, weights, start, strip, scratch);
+};
 
 // Column that backward keeps in a lane of its strip, until the strip is put into natural order.
 template <class G>
@@ -198,9 +198,9 @@ concept Transposes = requires(const float* from, int64_t stride, int64_t rows, i
 };
 
 template <class G, Shape S>
-concept BackEnd =
-    SizesRowBlocks<G> && PacksRows<G> && PacksStrips<G> && MultipliesForward<G, S> && MultipliesBackward<G, S> &&
-    OrdersColumns<G> && MultipliesLowRank<G, S> && AddsOuterProducts<G> && Transposes<G>;
+concept BackEnd = SizesRowBlocks<G> && PacksRows<G> && PacksStrips<G> && MultipliesForward<G, S> &&
+                  MultipliesBackward<G, S> && OrdersColumns<G> && MultipliesLowRank<G, S> &&
+                  AddsOuterProducts<G> && Transposes<G>;
 
 // Whether a class is a back end; if not, an error says in a sentence what is missing.
 template <class G, Shape S>

@@ -88,8 +88,7 @@ void pack_weights(const void* values, const void* scales, void* packed, int64_t 
                     item % strips);
       if (item % strips) continue;
       std::memset(to + L::code_items(out, in), 0, L::items(out, in) - L::code_items(out, in));
-      const auto* shipped =
-          static_cast<const typename C::Scale*>(scales) + expert * C::scale_count(out, in);
+      const auto* shipped = static_cast<const typename C::Scale*>(scales) + expert * C::scale_count(out, in);
       auto* kept = const_cast<typename C::Scale*>(L::scales_of(to, out, in));
       C::for_each_scale(out, in, [&](int64_t from, int64_t place) { kept[place] = shipped[from]; });
     }
