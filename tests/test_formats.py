@@ -247,15 +247,15 @@ def test_bits_of_the_bfloat16_layer(name: str, case: Case, isa: str) -> None:
 
 
 @EVERY_ISA
-@pytest.mark.parametrize("name", ["fp8_block", "int4_group32"])
+@pytest.mark.parametrize("name", ["fp8_block", "int4_group32", "mxfp4"])
 def test_few_and_many_rows(name: str, isa: str) -> None:
-    """One row, some row blocks that are decoded in one go, and more than a chunk of weights."""
-    sizes = {"experts": 2, "hidden": 544, "intermediate": 320, "top_k": 1, "rank": 8}
-    for tokens in (1, 3, 20, 90):
-        case = Case("rows", tokens=tokens, **sizes)
-        inputs = make_inputs(case)
-        one, other = (copied(results_of_layer(layer, inputs)) for layer in pair_of(inputs, name, isa))
-        assert different(one, other) == [], tokens
+    """Rows that are multiplied in registers, in one row block and in some, and more than a chunk of weights."""
+    for m_step in ISAS[isa].m_steps:
+        for tokens in (1, 3, 5, 9, 13, 20, 90):
+            inputs = make_inputs(Case("rows", 1, hidden=544, intermediate=320, top_k=1, rank=8, tokens=tokens))
+            layers = pair_of(inputs, name, isa, m_step=m_step)
+            one, other = (copied(results_of_layer(layer, inputs)) for layer in layers)
+            assert different(one, other) == [], (m_step, tokens)
 
 
 def check_amx(name: str, case: Case, m_step: int) -> None:

@@ -68,6 +68,10 @@ struct GemmF32 {
           direct<R>(panel + b * block_elements(k), weights, b == 0, k, start.of_block(blocks, b),
                     strip + blocks.begin(b) * kStrip);
         });
+    else if (kInRegisters && blocks.count == 1 && rows <= T.streamed_rows)
+      Vectors::template with_rows<smaller(S.m_step, T.streamed_rows)>(rows, [&]<int R>() {
+        if constexpr (kInRegisters) direct_codes<R>(panel, weights, k, start.of_block(blocks, 0), strip);
+      });
     else
       decoded(panel, blocks, k, weights, start, strip, reinterpret_cast<bf16*>(scratch));
   }
@@ -116,6 +120,42 @@ struct GemmF32 {
                                           column, c, column == 0 ? &next : nullptr, b);
         });
     }
+  }
+
+  // A vector holds a line of pairs, so that a decoder may leave it in a register.
+  static constexpr bool kInRegisters = kLanes == kTile;
+
+  // One row block of few rows on weights of another format, which are decoded in registers.
+  template <int R>
+  static void direct_codes(const float* a, const Weights<S>& weights, int64_t k, const SumStart& start,
+                           float* strip) {
+    Float sum[R][2];
+    Vectors::template begin_sums<R>(start, 0, kTile, sum);
+    typename DecoderOf<S>::type decoder;
+    for (int64_t first = 0; first < k; first += kKStep, a += kKStep * R) {
+      const auto* block = weights.block(first / kKStep);
+      const auto* scales = weights.scales_of(first / kKStep);
+      const int64_t here = smaller(kKStep, k - first);
+      if (here < kKStep || !decoder.begin(block, scales)) {
+        alignas(64) bf16 room[kBlockElements];
+        decoder.decode(block, scales, room);
+        fma_tile<R, 0>(a, room, here, sum);
+        fma_tile<R, 1>(a, room + kTileElements, here, sum);
+        continue;
+      }
+      for (int64_t i = 0; i < kTile; i += 4) {
+        Bits left[4][1], right[4][1];
+        decoder.four(block, i, left);
+        decoder.four(block, kTile + i, right);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+          const float* x = a + 2 * (i + n) * R;
+          Vectors::template fma_row<R>(x, V::low_half(left[n][0]), V::low_half(right[n][0]), sum);
+          Vectors::template fma_row<R>(x + R, V::high_half(left[n][0]), V::high_half(right[n][0]), sum);
+        }
+      }
+    }
+    Vectors::template store_sums<R>(strip, kTile, sum);
   }
 
   // Few row blocks on weights of another format: chunk after chunk of them is decoded to pairs, and stays in L1.

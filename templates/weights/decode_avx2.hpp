@@ -8,6 +8,7 @@ namespace jitmoe {
 
 struct Decode256 {
   using Float = __m256;
+  using Bits = __m256i;
   static constexpr int kLanes = 8;
   static constexpr bool kFlushes = false;
 
@@ -70,9 +71,9 @@ struct Decode256 {
     return _mm256_xor_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(kE2m1), codes), _mm256_castsi256_ps(signs));
   }
 
-  static void store_rounded(bf16* to, Float low, Float high) {
-    const __m256i both = _mm256_packus_epi32(rounded(low), rounded(high));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xd8));
+  static void store(bf16* to, Bits bits) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits); }
+  static Bits rounded(Float low, Float high) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(low), rounded(high)), 0xd8);
   }
 
  private:

@@ -9,6 +9,7 @@ namespace jitmoe {
 
 struct Decode512 {
   using Float = __m512;
+  using Bits = __m512i;
   static constexpr int kLanes = 16;
 #ifdef __AVX512BF16__
   static constexpr bool kFlushes = true;
@@ -72,7 +73,7 @@ struct Decode512 {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * n), values);
   }
 
-  static void store_rounded(bf16* to, Float low, Float high) { _mm512_storeu_si512(to, rounded(low, high)); }
+  static void store(bf16* to, Bits bits) { _mm512_storeu_si512(to, bits); }
 
   // 32 bfloat16. As rounded_bits, without its guard: there are no NaNs.
   static __m512i rounded(Float low, Float high) {
@@ -100,82 +101,51 @@ struct Decode512 {
   }
 };
 
-// fp8_block: one scale for the whole block, so a weight is one of 128 and a sign. The table is that of the last scale.
+// fp8_block: one scale for the whole block, so a weight is one of 128 and a sign.
 template <Shape S>
-class TableDecoder {
-  using L = Layout<S>;
-
+class TableDecoder : public BlockDecoder<S, TableDecoder<S>, Decode512> {
  public:
-  void decode(const uint8_t* block, const float* scale, bf16* pairs) {
-    if (scale != known_) prepare(scale);
-    if (!usual_) return ScalarDecoder<S>().decode(block, scale, pairs);
-    for (int64_t at = 0; at < kBlockElements; at += 32) {
-      const __m512i codes =
-          _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + at)));
+  void prepare(const float* scale) {
+    const __m512 factor = Decode512::broadcast(*scale * Decode512::kE4m3Factor);
+    usual_ = Decode512::all_within(Decode512::broadcast(*scale), 0.0f, kMostScale);
+    alignas(16) uint8_t codes[128];
+    for (int code = 0; code < 128; ++code) codes[code] = static_cast<uint8_t>(code);
+    for (int part = 0; part < 4; ++part) {
+      const __m512 low = Decode512::from_e4m3(codes + part * 32);
+      const __m512 high = Decode512::from_e4m3(codes + part * 32 + 16);
+      table_[part] =
+          Decode512::rounded_exactly(Decode512::multiply(low, factor), Decode512::multiply(high, factor));
+    }
+    table_[3] = _mm512_mask_set1_epi16(table_[3], 0x80000000u, 0x7fc0);  // the code that is a NaN
+  }
+  bool usual(const uint8_t*) const { return usual_; }
+
+  [[gnu::always_inline]] void four(const uint8_t* block, int64_t line, __m512i (&lines)[4][1]) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      const __m512i codes = _mm512_cvtepu8_epi16(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + (line + n) * kKStep)));
       // A permutation finds one of 64.
       const __m512i low = _mm512_permutex2var_epi16(table_[0], codes, table_[1]);
       const __m512i high = _mm512_permutex2var_epi16(table_[2], codes, table_[3]);
       const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
-      const __m512i signs =
-          _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-      _mm512_storeu_si512(pairs + at, _mm512_xor_si512(_mm512_mask_blend_epi16(upper, low, high), signs));
+      // The sign: magnitude ^ (codes << 8 & 0x8000).
+      lines[n][0] =
+          _mm512_ternarylogic_epi32(_mm512_mask_blend_epi16(upper, low, high), _mm512_slli_epi16(codes, 8),
+                                    _mm512_set1_epi16(static_cast<int16_t>(0x8000)), 0x78);
     }
   }
 
  private:
-  void prepare(const float* scale) {
-    known_ = scale;
-    const __m512 factor = Decode512::broadcast(*scale * Decode512::kE4m3Factor);
-    usual_ = Decode512::all_within(Decode512::broadcast(*scale), 0.0f, kMostScale);
-    uint8_t codes[16];
-    for (int part = 0; part < 4; ++part) {
-      __m512 products[2];
-      for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 16; ++i) codes[i] = static_cast<uint8_t>(part * 32 + half * 16 + i);
-        products[half] = Decode512::multiply(Decode512::from_e4m3(codes), factor);
-      }
-      table_[part] = Decode512::rounded_exactly(products[0], products[1]);
-    }
-    table_[3] = _mm512_mask_set1_epi16(table_[3], 0x80000000u, 0x7fc0);  // the code that is a NaN
-  }
-  const float* known_ = nullptr;
   bool usual_ = false;
   __m512i table_[4];
 };
 
 // mxfp4: the scale is added to the exponent of all codes but zero, where no exponent leaves the range.
 template <Shape S>
-class ExponentDecoder {
+class ExponentDecoder : public BlockDecoder<S, ExponentDecoder<S>, Decode512> {
  public:
-  void decode(const uint8_t* block, const uint8_t* scales, bf16* pairs) {
-    if (scales != known_) prepare(scales);
-    if (!usual_) return ScalarDecoder<S>().decode(block, scales, pairs);
-    alignas(64) static constexpr bf16 kCodes[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
-                                                    0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0,
-                                                    0xc000, 0xc040, 0xc080, 0xc0c0};
-    // A permutation looks at five bits, of which the highest is of the next nibble.
-    const __m512i values =
-        _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kCodes)));
-    for (int64_t line = 0; line < kStrip; line += 4) {
-      const __m512i words = _mm512_loadu_si512(block + line * kKStep / 2);
-      const __m512i exponents = exponents_[line / kTile];
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        const __m512i codes = _mm512_srli_epi16(words, 4 * n);
-        const __mmask32 nonzero = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(7));
-        const __m512i unscaled = _mm512_permutexvar_epi16(codes, values);
-        _mm512_storeu_si512(pairs + (line + n) * kKStep,
-                            _mm512_mask_add_epi16(unscaled, nonzero, unscaled, exponents));
-      }
-    }
-  }
-
- private:
-  // Codes have exponents from 126 to 129, so that these give 1 to 254.
-  static constexpr uint8_t kLeast = 2, kMost = 252;
-
   void prepare(const uint8_t* scales) {
-    known_ = scales;
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
     usual_ = !_mm256_cmplt_epu8_mask(bytes, _mm256_set1_epi8(kLeast)) &&
              !_mm256_cmpgt_epu8_mask(bytes, _mm256_set1_epi8(static_cast<char>(kMost)));
@@ -186,7 +156,29 @@ class ExponentDecoder {
       exponents_[tile] = _mm512_or_si512(one, _mm512_slli_epi32(one, 16));
     }
   }
-  const uint8_t* known_ = nullptr;
+  bool usual(const uint8_t*) const { return usual_; }
+
+  [[gnu::always_inline]] void four(const uint8_t* block, int64_t line, __m512i (&lines)[4][1]) const {
+    alignas(64) static constexpr bf16 kCodes[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+                                                    0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0,
+                                                    0xc000, 0xc040, 0xc080, 0xc0c0};
+    // A permutation looks at five bits, of which the highest is of the next nibble.
+    const __m512i values =
+        _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kCodes)));
+    const __m512i words = _mm512_loadu_si512(block + line * kKStep / 2);
+    const __m512i exponents = exponents_[line / kTile];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      const __m512i codes = _mm512_srli_epi16(words, 4 * n);
+      const __mmask32 nonzero = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(7));
+      const __m512i unscaled = _mm512_permutexvar_epi16(codes, values);
+      lines[n][0] = _mm512_mask_add_epi16(unscaled, nonzero, unscaled, exponents);
+    }
+  }
+
+ private:
+  // Codes have exponents from 126 to 129, so that these give 1 to 254.
+  static constexpr uint8_t kLeast = 2, kMost = 252;
   bool usual_ = false;
   __m512i exponents_[2];  // of each tile, that of an output in both halves of its pairs
 };
