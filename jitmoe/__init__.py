@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jitmoe.experts.functional import Adapters, moe_experts, pack_base
     from jitmoe.experts.layer import MoELayer
     from jitmoe.experts.pack import safetensors_source
+    from jitmoe.experts.quantize import quantize
     from jitmoe.experts.quantized import Quantized
     from jitmoe.inspect.tracing import trace
 
@@ -60,6 +61,7 @@ __all__ = [
     "build",
     "moe_experts",
     "pack_base",
+    "quantize",
     "release_memory",
     "safetensors_source",
     "trace",
@@ -71,6 +73,7 @@ _LAZY = {
     "Quantized": "jitmoe.experts.quantized",
     "moe_experts": "jitmoe.experts.functional",
     "pack_base": "jitmoe.experts.functional",
+    "quantize": "jitmoe.experts.quantize",
     "safetensors_source": "jitmoe.experts.pack",
     "trace": "jitmoe.inspect.tracing",
 }

@@ -1,7 +1,7 @@
 """The one table of weight formats: how frozen base weights are shipped, and how many bytes they take when packed.
 
-In every format a weight is ``bfloat16(code * scale)``: the product as float32, rounded to nearest even. The layer has the
-bits of the bfloat16 layer on these weights.
+In every format a weight is ``bfloat16(code * scale)``: the product as float32, rounded to nearest even. The layer has
+the bits of the bfloat16 layer on these weights.
 """
 
 import math

@@ -94,9 +94,9 @@ def pack_base(
 
     Args:
         config: sizes and options.
-        gate_proj: [E, I, H], bfloat16 or :class:`~jitmoe.experts.quantized.Quantized` as ``config.weight_format`` has it;
-            a stacked one, a sequence of E matrices, or a function from an expert's number to its matrix (see
-            :data:`~jitmoe.experts.quantized.ExpertSource`).
+        gate_proj: [E, I, H] as ``config.weight_format`` has it, bfloat16 or
+            :class:`~jitmoe.experts.quantized.Quantized`; a stacked one, a sequence of E matrices, or a function from an
+            expert's number to its matrix (see :data:`~jitmoe.experts.quantized.ExpertSource`).
         up_proj: [E, I, H], likewise.
         down_proj: [E, H, I], likewise.
         gate_bias: bfloat16 or float32 [E, I], with ``config.bias`` alone.

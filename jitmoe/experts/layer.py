@@ -34,10 +34,10 @@ class MoELayer(nn.Module):
 
     Args:
         config: sizes and options.
-        gate_proj: [E, I, H], bfloat16 or :class:`~jitmoe.experts.quantized.Quantized` as ``config.weight_format`` has it;
-            a stacked one, a sequence of E matrices, or a function from an expert's number to its matrix (see
-            :data:`~jitmoe.experts.quantized.ExpertSource`). Packed expert by expert into the layer's only copy; the layer
-            keeps no reference to the source.
+        gate_proj: [E, I, H] as ``config.weight_format`` has it, bfloat16 or
+            :class:`~jitmoe.experts.quantized.Quantized`; a stacked one, a sequence of E matrices, or a function from an
+            expert's number to its matrix (see :data:`~jitmoe.experts.quantized.ExpertSource`). Packed expert by expert
+            into the layer's only copy; the layer keeps no reference to the source.
         up_proj: [E, I, H], likewise.
         down_proj: [E, H, I], likewise.
         gate_bias: bfloat16 or float32 [E, I], frozen; with ``config.bias`` alone, and kept as float32.
@@ -191,9 +191,10 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and instruction set, shown by ``print(model)``."""
         c = self.config
+        weights = f", weight_format={c.weight_format}" if c.packing.quantized else ""
         return (
             f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
-            f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
+            f"top_k={c.top_k}, lora_rank={c.lora_rank}{weights}, isa={describe(self.isa)}"
         )
 
     def _base(self) -> Base:

@@ -22,15 +22,19 @@ SCALE_DTYPES: dict[ScaleDtype, torch.dtype] = {
 class Quantized:
     """Values and scales of one matrix [out, in] of an expert, or with a first axis E of all of them.
 
-    ==========  ==========================  ======================================================================
-    format      values                      scales
-    ==========  ==========================  ======================================================================
-    fp8_block   float8_e4m3fn [out, in]     float32 [out / 128, in / 128], rounded up; what is multiplied by
-    fp8_row     float8_e4m3fn [out, in]     float32 or bfloat16 [out, 1]
-    int4_group  int32 [out, in / 8]         bfloat16, float16 or float32 [out, in / group]; nibbles from the lowest on, value + 8
-    mxfp4       uint8 [out, in / 32, 16]    uint8 [out, in / 32], exponent + 127; the low nibble is the even input
-    int8_row    int8 [out, in]              float32 [out]
-    ==========  ==========================  ======================================================================
+    Where a size is no multiple of what it is divided by, the last word, group or square is in part.
+
+    ==========  ==========================================  ====================================================
+    format      values                                      scales, which values are multiplied by
+    ==========  ==========================================  ====================================================
+    fp8_block   float8_e4m3fn [out, in]                     float32 [out / 128, in / 128]
+    fp8_row     float8_e4m3fn [out, in]                     float32 or bfloat16 [out, 1]
+    int4_group  int32 [out, in / 8]: value + 8 in nibbles   bfloat16, float16 or float32 [out, in / group]
+                from the lowest on
+    mxfp4       uint8 [out, in / 32, 16]: the low nibble    uint8 [out, in / 32]: exponent + 127
+                is the even input
+    int8_row    int8 [out, in]                              float32 [out]
+    ==========  ==========================================  ====================================================
     """
 
     values: Tensor
@@ -44,9 +48,9 @@ class Quantized:
 ExpertSource = (
     Tensor | Quantized | Sequence[Tensor] | Sequence[Quantized] | Callable[[int], Tensor] | Callable[[int], Quantized]
 )
-"""Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of E matrices, or a
-function from the expert's number to its matrix, which is called once per expert and whose result is let go before the
-next call. In a quantised format each of these is :class:`Quantized` in place of a tensor."""
+"""Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of E matrices, or
+a function from the expert's number to its matrix, which is called once per expert and whose result is let go before
+the next call. In a quantised format each of these is :class:`Quantized` in place of a tensor."""
 
 
 def flat(base: Mapping[str, Tensor | Quantized]) -> dict[str, Tensor]:
