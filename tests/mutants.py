@@ -306,7 +306,7 @@ MUTANTS = (
         "templates/weights/decode.hpp",
         "L::scale_at(strip + (down ? index : 0), column + (down ? 0 : index), scale_columns);",
         "L::scale_at(strip, column + (down ? 0 : index), scale_columns);",
-        ("test_formats.py::test_bits_of_the_bfloat16_layer",),
+        ("test_formats.py::test_few_and_many_rows",),
         "Backward takes the scales of the first strip for all of them.",
     ),
     Mutant(

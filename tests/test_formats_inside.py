@@ -12,7 +12,7 @@ from yardstick import make_inputs, results_of_layer
 
 import jitmoe
 from jitmoe import MoELayer, Quantized
-from jitmoe.errors import CaptureError, InputError
+from jitmoe.errors import BudgetError, CaptureError, InputError
 from jitmoe.formats import packing_of
 from jitmoe.inspect.check import make_call, make_layer
 from jitmoe.inspect.recording import read_recording
@@ -142,6 +142,17 @@ def test_estimate_shows_what_formats_save() -> None:
     assert not [
         change for change in estimate(Load(replace(config, weight_format="mxfp4"), 64)).savings if "format" in change
     ]
+
+
+def test_the_budget_knows_the_bytes() -> None:
+    layer, plain = pair("mxfp4")
+    held = sum(tensor.nbytes for tensor in (*layer.buffers(), *layer.parameters()))
+    base = quantized_base(RAGGED, packing_named("mxfp4"))
+    assert MoELayer(replace(layer.config, memory_budget=held), **base)
+    with pytest.raises(BudgetError, match="the weights and parameters of the layer"):
+        MoELayer(replace(layer.config, memory_budget=held - 1), **base)
+    with pytest.raises(BudgetError, match="the weights and parameters of the layer"):
+        MoELayer(replace(plain.config, memory_budget=held), *plain.unpack().values())
 
 
 class TestQuantize:
