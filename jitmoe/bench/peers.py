@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from jitmoe.bench.contenders import Contender
+from jitmoe.bench.contenders import Contender, our_quantized_layer
 from jitmoe.errors import BenchError
+from jitmoe.formats import FORMATS, WeightFormat
 from jitmoe.oracle.data import Base
 from jitmoe.oracle.reference import LoraTensors, moe_reference
 from jitmoe.oracle.workloads import Workload
@@ -104,6 +105,15 @@ def transformers_peft(workload: Workload, base: Base, lora: LoraTensors | None, 
     return Contender("", model.experts, parameters, torch.bfloat16, workload.rank, True, comparable="peft")
 
 
+def quantized(weight_format: WeightFormat) -> Build:
+    """Our layer on quantised weights, for the price of a format beside bfloat16."""
+
+    def build(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+        return our_quantized_layer(workload, base, lora, weight_format)
+
+    return build
+
+
 PEERS = {
     "torch-bf16": Peer(loop, torch.bfloat16, 0.0),
     "torch-f32": Peer(loop, torch.float32, 2.0),
@@ -112,6 +122,12 @@ PEERS = {
     "transformers": Peer(transformers_experts, torch.bfloat16, 1.0, "transformers"),
     # Each call adds the product of the adapters to a copy of all weights, and its backward holds another.
     "peft": Peer(transformers_peft, torch.bfloat16, 5.0, "peft", slow=True),
+    # While they are quantised, codes and packed codes are held.
+    **{
+        f"jitmoe-{name}": Peer(quantized(name), torch.bfloat16, 1.0, slow=True)
+        for name in FORMATS
+        if name != "bfloat16"
+    },
 }
 
 
