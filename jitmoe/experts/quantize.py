@@ -80,7 +80,7 @@ def quantize(
             found.append(_quantized(packing, matrix.float()))
             squares.append(_difference(packing, found[-1], matrix))
         sources[name] = Quantized(torch.stack([q.values for q in found]), torch.stack([q.scales for q in found]))
-        errors[name] = _error(torch.tensor(squares, dtype=torch.float64))
+        errors[name] = _error(torch.tensor(squares, dtype=torch.float64, device="cpu"))
     return sources, QuantizationReport(weight_format, errors)
 
 
@@ -105,7 +105,7 @@ def _scales(packing: Packing, matrix: Tensor) -> Tensor:
     shape = packing.scale_shape(out, in_)
     columns = shape[1] if len(shape) > 1 else 1
     tall, wide = {"square": (128, 128), "group": (1, packing.group)}.get(packing.format.sharing, (1, in_))
-    padded = torch.zeros(shape[0] * tall, columns * wide)
+    padded = torch.zeros(shape[0] * tall, columns * wide, device="cpu")
     padded[:out, :in_] = matrix.abs()
     largest = padded.view(shape[0], tall, columns, wide).amax((1, 3)).view(shape)
     if packing.scale == "e8m0":
@@ -117,7 +117,7 @@ def _scales(packing: Packing, matrix: Tensor) -> Tensor:
 
 def _to_int4(codes: Tensor) -> Tensor:
     nibbles = _filled(codes.round().clamp(-8, LARGEST_INT4).to(torch.int32) + 8, 8, 8)
-    return (nibbles << torch.arange(0, 32, 4)).sum(-1, dtype=torch.int32)
+    return (nibbles << torch.arange(0, 32, 4, device="cpu")).sum(-1, dtype=torch.int32)
 
 
 def _to_e2m1(codes: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from jitmoe.formats import SQUARE, Packing
 
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+E2M1 = torch.tensor(
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0], device="cpu"
+)
 """The codes of mxfp4 (OCP Microscaling Formats 1.0)."""
 
 
@@ -18,7 +20,7 @@ def codes_of(packing: Packing, values: Tensor, in_: int) -> Tensor:
     """float32 [*, out, in] that the values stand for before they are scaled."""
     name = packing.format.name
     if name == "int4_group":
-        nibbles = (values[..., None] >> torch.arange(0, 32, 4)) & 0xF
+        nibbles = (values[..., None] >> torch.arange(0, 32, 4, device="cpu")) & 0xF
         return nibbles.flatten(-2)[..., :in_].float() - 8
     if name == "mxfp4":
         nibbles = torch.stack([values & 0xF, values >> 4], -1).flatten(-3)
