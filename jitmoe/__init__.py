@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from jitmoe.experts.layer import MoELayer
     from jitmoe.experts.lora_state import load_lora_state_dict, lora_disabled, lora_state_dict, train_lora
     from jitmoe.experts.pack import safetensors_source
+    from jitmoe.experts.quantize import quantize
+    from jitmoe.experts.quantized import Quantized
     from jitmoe.inspect.tracing import trace
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "MoELayer",
     "PackedFileError",
     "PlanError",
+    "Quantized",
     "SettingError",
     "TraceError",
     "TrainError",
@@ -77,6 +80,7 @@ __all__ = [
     "lora_state_dict",
     "moe_experts",
     "pack_base",
+    "quantize",
     "release_memory",
     "safetensors_source",
     "trace",
@@ -90,8 +94,10 @@ _LAZY = {
     "load_lora_state_dict": "jitmoe.experts.lora_state",
     "lora_disabled": "jitmoe.experts.lora_state",
     "lora_state_dict": "jitmoe.experts.lora_state",
+    "Quantized": "jitmoe.experts.quantized",
     "moe_experts": "jitmoe.experts.functional",
     "pack_base": "jitmoe.experts.functional",
+    "quantize": "jitmoe.experts.quantize",
     "safetensors_source": "jitmoe.experts.pack",
     "trace": "jitmoe.inspect.tracing",
     "train_lora": "jitmoe.experts.lora_state",

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from jitmoe import settings
 from jitmoe.errors import ConfigError
+from jitmoe.formats import FORMATS, GROUP_SIZES, Packing, ScaleDtype, WeightFormat, packing_of
 from jitmoe.isa import ISAS, IsaChoice
 
 LoraDtype = Literal["float32", "bfloat16"]
@@ -42,6 +43,11 @@ class MoEConfig:
         activation_alpha: alpha of "gpt_oss".
         activation_limit: bound of the clamped ones, positive.
         bias: gate, up and down have frozen biases.
+        weight_format: how the base weights are shipped and kept, one of :data:`~jitmoe.formats.FORMATS`; other than
+            "bfloat16" they come as :class:`~jitmoe.experts.quantized.Quantized`.
+        group_size: inputs that share a scale in "int4_group": 32, 64 or 128. Other formats have their own.
+        scale_dtype: of the scales; None is the usual one of the format: "float32" of "fp8_block", "int8_row" and
+            "fp8_row" (or "bfloat16"), "bfloat16" of "int4_group" (or "float16", "float32").
         isa: "auto" or one of :data:`~jitmoe.isa.ISAS`. ``JITMOE_ISA`` overrides it.
         m_step: rows per register block to force, or None to let the planner choose by rows per expert.
         allow_skip: skip a slot whose expert id lies outside [0, E) (expert parallelism) instead of refusing it.
@@ -73,6 +79,9 @@ class MoEConfig:
     activation_alpha: float = 1.702
     activation_limit: float = 7.0
     bias: bool = False
+    weight_format: WeightFormat = "bfloat16"
+    group_size: int = 32
+    scale_dtype: ScaleDtype | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -93,6 +102,11 @@ class MoEConfig:
         _check_choice("lora_dtype", self.lora_dtype, LORA_DTYPES)
         _check_choice("isa", self.isa, ("auto", *ISAS))
         _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("weight_format", self.weight_format, tuple(FORMATS))
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}; got {self.group_size!r}")
+        if self.scale_dtype is not None:
+            _check_choice(f"scale_dtype of {self.weight_format}", self.scale_dtype, FORMATS[self.weight_format].scales)
         for name, positive in (("activation_alpha", False), ("activation_limit", True)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
@@ -107,6 +121,11 @@ class MoEConfig:
         if self.lora_rank == 0:
             return 0.0
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+
+    @property
+    def packing(self) -> Packing:
+        """How the base weights are packed."""
+        return packing_of(self.weight_format, self.group_size, self.scale_dtype)
 
     @property
     def requested_isa(self) -> str:

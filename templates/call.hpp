@@ -7,7 +7,7 @@
 
 namespace jitmoe {
 
-inline constexpr int kAbiVersion = 3;
+inline constexpr int kAbiVersion = 4;
 
 // A run of rows of one expert that is computed together. Row blocks of a group are numbered from 0.
 struct Segment {
@@ -46,7 +46,7 @@ struct PerThread {
 // gate, up or down: v W^T + u B^T with u = s v A^T. `in` and `out` are H and I for gate and up, I and H for down.
 struct Projection {
   // Of the caller.
-  const bf16* weights;     // [E, out, in], packed as in gemm/interface.hpp
+  const void* weights;     // [E, out, in], packed as in weights/layout.hpp
   const float* bias;       // [E, out]
   Matrices<const void> a;  // [E, r, in]
   Matrices<const void> b;  // [E, out, r]

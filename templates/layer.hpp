@@ -2,6 +2,7 @@
 #pragma once
 #include "backward.hpp"
 #include "gemm/ref.hpp"
+#include "weights/canonical.hpp"
 #ifdef __AVX2__
 #include "gemm/avx2.hpp"
 #endif

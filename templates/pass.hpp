@@ -4,7 +4,6 @@
 // tell a checked instance; measures itself in a timed one; and shows a traced one what it computed. The steps in
 // forward.hpp and backward.hpp know nothing of that.
 #pragma once
-#include "gemm/pack.hpp"
 #include "lora.hpp"
 #include "parallel.hpp"
 #include "projection.hpp"
@@ -175,9 +174,9 @@ struct Pass {
 
   // v W^T + u B^T = [v | u] . [W | B]^T for a strip of outputs; `next` is what this thread multiplies with after it.
   template <class P>
-  void project(const P& of, void* const& v_panel, const Segment& segment, int64_t strip, const bf16* next,
-               float* result) const {
-    const Weights weights{of.strip(segment.expert, strip), next, kBlockElements};
+  void project(const P& of, void* const& v_panel, const Segment& segment, int64_t strip,
+               const typename P::Item* next, float* result) const {
+    const Weights<S> weights = of.strip_weights(segment.expert, strip, next);
     alignas(64) float room[kStrip];
     const SumStart start =
         with_lora(start_of(of, segment.expert, strip, room), of.at, segment, [&](float* b) {
@@ -196,8 +195,8 @@ struct Pass {
   // are in the back end's order.
   template <class P>
   void project_back(const P& of, void* const& dv_panel, const Segment& segment, int64_t strip,
-                    const bf16* next, bool add, float* result) const {
-    const Weights weights{of.column(segment.expert, strip), next, packed_elements(kStrip, P::kIn)};
+                    const typename P::Item* next, bool add, float* result) const {
+    const Weights<S> weights = of.column_weights(segment.expert, strip, next);
     const SumStart from = add ? SumStart::strip(result) : SumStart::zeros();
     const SumStart start = with_lora(from, of.at, segment, [&](float* a) {
       load_columns<S, Gemm>({of.at.a, segment.expert}, call.rank, strip * kStrip, width(P::kIn, strip), a);

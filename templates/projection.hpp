@@ -1,10 +1,10 @@
 // gate, up and down as the steps see them: where each lies in a call, how wide it is, and what its tensors are called.
 #pragma once
 #include "call.hpp"
-#include "gemm/pack.hpp"
 #include "shape.hpp"
 #include "watch/timed.hpp"
 #include "watch/traced.hpp"
+#include "weights/decode.hpp"
 
 namespace jitmoe {
 
@@ -25,12 +25,34 @@ struct ProjectionOf {
   static constexpr Phase kBackward = kDown ? Phase::act_grad : Phase::x_grad;
 
   // The first block of a strip of 32 outputs, and of a column of blocks of 32 inputs, one block in each strip.
-  const bf16* strip(int64_t expert, int64_t index) const {
-    return at.weights + expert * packed_elements(kOut, kIn) + index * packed_elements(kStrip, kIn);
+  using L = Layout<S>;
+  using Item = typename L::Item;
+  const Item* matrix(int64_t expert) const {
+    return static_cast<const Item*>(at.weights) + expert * L::items(kOut, kIn);
   }
-  const bf16* column(int64_t expert, int64_t index) const {
-    return strip(expert, 0) + index * kBlockElements;
+  const Item* strip(int64_t expert, int64_t index) const {
+    return matrix(expert) + index * L::strip_items(kIn);
   }
+  const Item* column(int64_t expert, int64_t index) const { return matrix(expert) + index * L::kBlockItems; }
+
+  // What a product over a strip, and over a column of blocks, contracts with.
+  Weights<S> strip_weights(int64_t expert, int64_t index, const Item* next) const {
+    return {
+        strip(expert, index), next, L::kBlockItems, scales(expert), L::scale_columns(kIn), index, 0, false};
+  }
+  Weights<S> column_weights(int64_t expert, int64_t index, const Item* next) const {
+    return {column(expert, index),
+            next,
+            L::strip_items(kIn),
+            scales(expert),
+            L::scale_columns(kIn),
+            0,
+            index,
+            true};
+  }
+
+ private:
+  auto scales(int64_t expert) const { return L::scales_of(matrix(expert), kOut, kIn); }
 };
 
 }  // namespace jitmoe

@@ -9,6 +9,12 @@ enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
 // a = activation(gate, up): see activation.hpp.
 enum class Activation { silu, silu_clamped, gpt_oss };
 
+// How the frozen weights are kept: see weights/codes.hpp.
+enum class Format { bfloat16, fp8_block, fp8_row, int4_group, mxfp4, int8_row };
+
+// The type of their scales; e8m0 is a power of two, its exponent + 127 in a byte.
+enum class Scale { none, float32, bfloat16, float16, e8m0 };
+
 // What an instance records about its calls, besides computing them. `nothing` costs nothing.
 enum class Watch { nothing, time, memory, values };
 
@@ -20,7 +26,10 @@ struct Shape {
   int64_t m_step;        // rows of one register block
   bool lora_bf16;        // LoRA parameters are bfloat16 instead of float32
   Activation activation;
-  bool bias;    // gate, up and down have biases
+  bool bias;           // gate, up and down have biases
+  Format format;       // of the base weights
+  int64_t group_size;  // of int4_group: inputs that share a scale
+  Scale scale;
   Watch watch;  // time: see watch/timed.hpp; memory: watch/checked.hpp; values: watch/traced.hpp
 };
 
@@ -43,11 +52,13 @@ constexpr bool check_shape() {
   constexpr bool rank = S.padded_rank >= 0 && S.padded_rank % kKStep == 0;
   constexpr bool rows =
       S.m_step >= 1 && S.m_step <= most_rows(S.isa) && (S.isa != Isa::amx || S.m_step % kTile == 0);
+  constexpr bool group = S.format != Format::int4_group || (S.group_size > 0 && S.group_size % kKStep == 0);
+  static_assert(group, "group_size of int4_group must be a positive multiple of 32");
   static_assert(sizes, "hidden and intermediate sizes must be positive");
   static_assert(rank, "padded_rank must be a multiple of 32");
   static_assert(rows,
                 "m_step must be 16 or 32 on amx, 1 to 6 on avx2 (16 registers), else 1 to 14 (32 registers)");
-  return sizes && rank && rows;
+  return sizes && rank && rows && group;
 }
 
 }  // namespace jitmoe

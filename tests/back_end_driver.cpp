@@ -37,7 +37,7 @@ extern "C" void jitmoe_multiply(int forward, const bf16* rows, int64_t count, in
   const SumStart start = kind == 0   ? SumStart::zeros()
                          : kind == 1 ? SumStart::bias(from)
                                      : SumStart::strip(from);
-  const Weights blocks_of_w{packed.data(), nullptr, kBlockElements};
+  const Weights<shape> blocks_of_w{packed.data(), nullptr, kBlockElements};
   if (forward) {
     Gemm::forward(panel.data(), count, k, blocks_of_w, start, strip, scratch.data());
   } else {

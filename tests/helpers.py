@@ -34,7 +34,7 @@ EVERY_ISA = pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.
 only_isa: str | None = None
 """The instruction set of ``--isa``; kernels of others are compiled where a test asks for them, not beforehand."""
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by the bytes of an element."""
 
 

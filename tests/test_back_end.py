@@ -12,6 +12,7 @@ import torch
 from emulated import Emulated
 from helpers import EVERY_ISA
 
+from jitmoe import formats
 from jitmoe.errors import BuildError
 from jitmoe.isa import EMULATED_FEATURES, ISAS
 from jitmoe.jit import capability, cpu, toolchain
@@ -115,6 +116,8 @@ def check_sums_emulated(m_step: int, folder: Path) -> None:
     [
         ("Isa", reversed(ISAS)),
         ("Activation", get_args(shapes.Activation)),
+        ("Format", get_args(formats.WeightFormat)),
+        ("Scale", get_args(formats.ScaleDtype)),
         ("Watch", get_args(shapes.Watch)),
     ],
 )
@@ -127,7 +130,7 @@ SHAPE = """
 #include "layer.hpp"
 using namespace jitmoe;
 constexpr Shape shape{{.isa = Isa::{isa}, .hidden = {hidden}, .intermediate = 64, .padded_rank = {padded_rank},
-                      .m_step = {m_step}, .lora_bf16 = false, .activation = Activation::silu, .watch = Watch::nothing}};
+                      .m_step = {m_step}, .lora_bf16 = false{weights}}};
 {text}
 void pass(const Call& call) {{ forward<shape>(call), backward<shape>(call); }}
 """
@@ -137,7 +140,7 @@ struct Broken : GemmRef<shape> {{ {member} }};
 template <> struct jitmoe::BackEndOf<shape> {{ using type = Broken; }};
 """
 
-GOOD = {"isa": "ref", "hidden": 64, "padded_rank": 32, "m_step": 4}
+GOOD = {"isa": "ref", "hidden": 64, "padded_rank": 32, "m_step": 4, "weights": ""}
 
 
 def errors_of(text: str, folder: Path) -> list[str]:
@@ -161,6 +164,7 @@ def test_a_right_shape_compiles(tmp_path: Path) -> None:
         ({"m_step": 0}, "m_step must be"),
         ({"hidden": 0}, "hidden and intermediate sizes must be positive"),
         ({"padded_rank": 8}, "padded_rank must be a multiple of 32"),
+        ({"weights": ", .format = Format::int4_group, .group_size = 48"}, "group_size of int4_group must be"),
     ],
 )
 def test_a_wrong_shape_is_one_sentence(wrong: dict[str, object], sentence: str, tmp_path: Path) -> None:

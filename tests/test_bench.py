@@ -21,7 +21,7 @@ from jitmoe.cli import main
 from jitmoe.errors import BenchError, ConfigError
 from jitmoe.experts import observer
 from jitmoe.jit.abi import PHASES
-from jitmoe.oracle.data import batches, make_base
+from jitmoe.oracle.data import Base, batches, make_base
 from jitmoe.oracle.workloads import FORWARD, TRAINING, W6, WORKLOADS, Workload, work_of
 from jitmoe.plan.shapes import Shape, plan_kernels
 
@@ -246,6 +246,20 @@ class TestHonesty:
         with watch() as trace:
             assert observer.current() is trace
         assert observer.current() is before
+
+
+@pytest.mark.parametrize("weight_format", ["int8_row", "mxfp4"])
+def test_our_own_layer_on_quantised_weights_is_a_peer(weight_format):
+    generator = torch.Generator().manual_seed(0)
+    base, batch = make_base(TINY, generator), next(batches(TINY, generator))
+    found = peers.PEERS[f"jitmoe-{weight_format}"].build(TINY, base, None, 2.0)
+    assert found.call.config.weight_format == weight_format == found.comparable
+    decoded = Base(**found.call.decode())
+    expected, result = (
+        measure.call_once(contender, batch, True)[1]
+        for contender in (our_layer(TINY, found.call.isa, decoded, None), found)
+    )
+    assert torch.equal(expected, result)
 
 
 class TestPackages:

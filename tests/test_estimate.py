@@ -79,10 +79,13 @@ def test_smaller_groups_save_where_groups_are_full():
     assert 0.4 * groups.GROUP_BYTES <= saving <= 1.1 * groups.GROUP_BYTES
 
 
-def test_int8_weights_would_halve_the_packed_ones_and_are_said_not_to_exist():
-    change, saved = next(item for item in estimate.estimate(Load(SMALL, 8)).savings.items() if "int8" in item[0])
-    assert "not implemented" in change
-    assert saved == bytes_of(Load(SMALL, 8), "packed weight") // 2 - 4 * 4 * (50 + 50 + 33)
+def test_a_smaller_weight_format_saves_packed_weights():
+    savings = estimate.estimate(Load(SMALL, 8)).savings
+    for name in ("int8_row", "int4_group"):
+        held = bytes_of(Load(replace(SMALL, weight_format=name), 8), "packed weight")
+        assert savings[f'weight_format="{name}"'] == bytes_of(Load(SMALL, 8), "packed weight") - held > 0
+    quantised = estimate.estimate(Load(replace(SMALL, weight_format="mxfp4"), 8))
+    assert not [change for change in quantised.savings if "format" in change]
 
 
 def test_inference_holds_no_gradients_nor_saved_tensors():

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from jitmoe import settings
+from jitmoe.config import MoEConfig
 from jitmoe.errors import BenchError
 from jitmoe.experts.layer import MoELayer
+from jitmoe.experts.quantize import quantize
+from jitmoe.experts.quantized import Quantized
+from jitmoe.formats import WeightFormat
 from jitmoe.isa import ISAS
+from jitmoe.jit.capability import resolve_isa
 from jitmoe.jit.warm import build
 from jitmoe.oracle.data import Base
 from jitmoe.oracle.reference import LoraTensors
@@ -60,8 +65,26 @@ def our_layer(
         BenchError: the layer would use another instruction set.
     """
     config = workload.config(isa, lora_dtype)
+    return _contender(workload, config, lora, base.gate_proj, base.up_proj, base.down_proj)
+
+
+def our_quantized_layer(
+    workload: Workload, base: Base, lora: LoraTensors | None, weight_format: WeightFormat
+) -> Contender:
+    """The layer on the best set, with ``base`` quantised: it computes another function. Errors as of the above."""
+    isa = resolve_isa(workload.config("auto").requested_isa)
+    config = replace(workload.config(isa), weight_format=weight_format)
+    weights = {"gate_proj": base.gate_proj, "up_proj": base.up_proj, "down_proj": base.down_proj}
+    sources, _ = quantize(weights, weight_format)
+    return replace(_contender(workload, config, lora, *sources.values()), isa=None, comparable=weight_format)
+
+
+def _contender(
+    workload: Workload, config: MoEConfig, lora: LoraTensors | None, *sources: Tensor | Quantized
+) -> Contender:
+    isa = config.isa
     build(config, progress=False)
-    layer = MoELayer(config, base.gate_proj, base.up_proj, base.down_proj)
+    layer = MoELayer(config, *sources)
     check_isa(isa, layer.isa)
     with torch.no_grad():
         for name, values in lora._asdict().items() if lora else ():

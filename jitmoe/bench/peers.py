@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from jitmoe.bench.contenders import Contender
+from jitmoe.bench.contenders import Contender, our_quantized_layer
 from jitmoe.errors import BenchError
+from jitmoe.formats import FORMATS, WeightFormat
 from jitmoe.hf import registry
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.oracle.data import Base
@@ -129,6 +130,15 @@ def _write(wrapper: Any, a: Tensor, b: Tensor) -> None:
         wrapper.lora_B[name].weight.copy_(b.permute(1, 2, 0).flatten(1))
 
 
+def quantized(weight_format: WeightFormat) -> Build:
+    """Our layer on quantised weights, for the price of a format beside bfloat16."""
+
+    def build(workload: Workload, base: Base, lora: LoraTensors | None, scale: float) -> Contender:
+        return our_quantized_layer(workload, base, lora, weight_format)
+
+    return build
+
+
 PEERS = {
     "torch-bf16": Peer(loop, torch.bfloat16, 0.0),
     "torch-f32": Peer(loop, torch.float32, 2.0),
@@ -138,6 +148,12 @@ PEERS = {
     # Each call adds the product of the adapters to a copy of all weights, and its backward holds another.
     "peft": Peer(transformers_peft, torch.bfloat16, 5.0, "peft", slow=True),
     "peft-jitmoe": Peer(peft_on_jitmoe, torch.bfloat16, 1.0, "peft", slow=True),
+    # While they are quantised, codes and packed codes are held.
+    **{
+        f"jitmoe-{name}": Peer(quantized(name), torch.bfloat16, 1.0, slow=True)
+        for name in FORMATS
+        if name != "bfloat16"
+    },
 }
 
 

@@ -11,6 +11,7 @@ import typer
 
 from jitmoe.config import LoraDtype, MoEConfig, read_fields
 from jitmoe.errors import ConfigError
+from jitmoe.formats import WeightFormat
 from jitmoe.isa import IsaChoice
 
 REQUIRED = ("num_experts", "hidden_size", "intermediate_size", "top_k")
@@ -36,6 +37,8 @@ class ConfigOptions:
         int | None, _option("rows of a register block to force; default: all, and each call picks one")
     ] = None
     lora_dtype: Annotated[LoraDtype | None, _option("dtype of the LoRA parameters", None)] = None
+    weight_format: Annotated[WeightFormat | None, _option("how the base weights are shipped and kept", None)] = None
+    group_size: Annotated[int | None, _option("inputs that share a scale in int4_group")] = None
     isa: Annotated[IsaChoice | None, _option("instruction set; auto: the best usable one", None)] = None
 
     @property

@@ -11,8 +11,9 @@ from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import ops
 from jitmoe.experts.inputs import FLOATS, check_bias, check_dense, check_plain
 from jitmoe.experts.lora import FUSED_NAMES, names_of
-from jitmoe.experts.pack import ExpertSource, PackedExperts, Seal, empty_packed, pack_experts
+from jitmoe.experts.pack import PackedExperts, Seal, empty_packed, pack_experts
 from jitmoe.experts.passes import spec_of
+from jitmoe.experts.quantized import ExpertSource
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
@@ -28,7 +29,7 @@ class Base:
         config: sizes and options; its LoRA fields do not count, adapters say their own.
         isa: instruction set of the kernels.
         spec: both as text, for the operators.
-        packed: int16 [E, packed elements] of gate, up and down under these names.
+        packed: int16 [E, packed items] of gate, up and down under these names.
         biases: float32 gate_bias, up_bias [E, I] and down_bias [E, H]; none without ``config.bias``.
         seal: notices writes to ``packed``.
     """
@@ -126,17 +127,18 @@ def pack_base(
 
     Args:
         config: sizes and options.
-        gate_proj: bfloat16 [E, I, H]; a stacked tensor, a sequence of E matrices, or a function from an expert's number
-            to its matrix (see :data:`~jitmoe.experts.pack.ExpertSource`).
-        up_proj: bfloat16 [E, I, H], likewise.
-        down_proj: bfloat16 [E, H, I], likewise.
+        gate_proj: [E, I, H] as ``config.weight_format`` has it, bfloat16 or
+            :class:`~jitmoe.experts.quantized.Quantized`; a stacked one, a sequence of E matrices, or a function from an
+            expert's number to its matrix (see :data:`~jitmoe.experts.quantized.ExpertSource`).
+        up_proj: [E, I, H], likewise.
+        down_proj: [E, H, I], likewise.
         gate_bias: bfloat16 or float32 [E, I], with ``config.bias`` alone.
         up_bias: likewise.
         down_bias: bfloat16 or float32 [E, H], likewise.
 
     Raises:
         InputError: a weight or bias has the wrong shape or device, or is missing.
-        InputTypeError: a base weight is not bfloat16, or a bias no float.
+        InputTypeError: a base weight is not of the config's format, or a bias no float.
         IsaError: ``config.isa`` names a set that this machine cannot execute.
         BudgetError: weights and parameters take more than ``config.memory_budget``.
     """
@@ -152,13 +154,14 @@ def pack_base(
         if isinstance(source, PackedExperts):
             tensor = source.tensor
         else:
-            tensor = empty_packed(config.num_experts, projection.out, projection.in_)
-            pack_experts(any_kernels, projection.base_name, source, tensor, projection.out, projection.in_)
+            extent = (projection.out, projection.in_)
+            tensor = empty_packed(config.num_experts, *extent, config.packing)
+            pack_experts(any_kernels, projection.base_name, source, tensor, *extent, config.packing)
         packed[projection.name] = tensor
         seal.close(projection.name, tensor)
         if config.bias:
-            extent = (config.num_experts, projection.out)
-            biases[projection.bias_name] = check_bias(projection.bias_name, bias, extent)
+            wanted = (config.num_experts, projection.out)
+            biases[projection.bias_name] = check_bias(projection.bias_name, bias, wanted)
         elif bias is not None:
             raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
     return Base(config, isa, spec_of(config, isa), packed, biases, seal)

@@ -14,16 +14,10 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
 from jitmoe.experts.functional import Adapters, Base, moe_experts, pack_base
-from jitmoe.experts.pack import (
-    ExpertSource,
-    PackedExperts,
-    check_base,
-    open_packed,
-    pack_experts,
-    unpack_experts,
-)
+from jitmoe.experts.pack import PackedExperts, decode_experts, open_packed, pack_experts, unpack_experts
 from jitmoe.experts.packed_file import write_packed
 from jitmoe.experts.passes import spec_of
+from jitmoe.experts.quantized import ExpertSource, Quantized, check_base, flat, with_scales
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import describe
 from jitmoe.plan.projections import LORA_NAMES, NAMES, Projection, lora_shapes, projections
@@ -49,18 +43,19 @@ def _warn_if_frozen(lora: Sequence[torch.Tensor]) -> None:
 
 
 class MoELayer(nn.Module):
-    """Mixture-of-Experts feed-forward with frozen bfloat16 experts and trainable LoRA.
+    """Mixture-of-Experts feed-forward with frozen experts, bfloat16 or quantised, and trainable LoRA.
 
     ``out[t] = sum_k weights[t, k] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`` with ``e = topk_ids[t, k]``, where
     each projection is ``v W^T + s (v A^T) B^T`` (LoRA, Hu et al. 2021).
 
     Args:
         config: sizes and options.
-        gate_proj: bfloat16 [E, I, H]; a stacked tensor, a sequence of E matrices, or a function from an
-            expert's number to its matrix (see :data:`~jitmoe.experts.pack.ExpertSource`). Packed expert by expert
+        gate_proj: [E, I, H] as ``config.weight_format`` has it, bfloat16 or
+            :class:`~jitmoe.experts.quantized.Quantized`; a stacked one, a sequence of E matrices, or a function from an
+            expert's number to its matrix (see :data:`~jitmoe.experts.quantized.ExpertSource`). Packed expert by expert
             into the layer's only copy; the layer keeps no reference to the source.
-        up_proj: bfloat16 [E, I, H], likewise.
-        down_proj: bfloat16 [E, H, I], likewise.
+        up_proj: [E, I, H], likewise.
+        down_proj: [E, H, I], likewise.
         gate_bias: bfloat16 or float32 [E, I], frozen; with ``config.bias`` alone, and kept as float32.
         up_bias: likewise.
         down_bias: bfloat16 or float32 [E, H], likewise.
@@ -74,7 +69,7 @@ class MoELayer(nn.Module):
 
     Raises:
         InputError: a base weight has the wrong shape or device.
-        InputTypeError: a base weight is not bfloat16.
+        InputTypeError: a base weight is not of the config's format.
         IsaError: ``config.isa`` names a set that this machine cannot execute.
         BudgetError: weights and parameters take more than ``config.memory_budget``.
     """
@@ -189,14 +184,23 @@ class MoELayer(nn.Module):
         """
         observer.watchers().capture(self, Path(path), when)
 
-    def unpack(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-        """Canonical copies of the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I].
+    def unpack(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor | Quantized]:
+        """Copies of the base weights as they came, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I].
 
-        With ``experts`` of these alone, in this order.
+        With ``experts`` of these alone, in this order. What came as ``Quantized`` goes as ``Quantized``.
         """
+        packing, any_kernels = self.config.packing, self._any_kernels()
         return {
-            projection.base_name: unpack_experts(self._any_kernels(), packed, projection.out, projection.in_, experts)
-            for projection, packed in zip(self._projections, self._packed().values(), strict=True)
+            p.base_name: unpack_experts(any_kernels, packed, p.out, p.in_, experts, packing)
+            for p, packed in zip(self._projections, self._packed().values(), strict=True)
+        }
+
+    def decode(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """The bfloat16 base weights that the layer computes with, under the names of :meth:`unpack`."""
+        any_kernels = self._any_kernels()
+        return {
+            p.base_name: decode_experts(any_kernels, packed, p.out, p.in_, experts)
+            for p, packed in zip(self._projections, self._packed().values(), strict=True)
         }
 
     def biases(self) -> dict[str, torch.Tensor]:
@@ -207,9 +211,10 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and instruction set, shown by ``print(model)``."""
         c = self.config
+        weights = f", weight_format={c.weight_format}" if c.packing.quantized else ""
         return (
             f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
-            f"top_k={c.top_k}, lora_rank={c.lora_rank}, isa={describe(self.isa)}"
+            f"top_k={c.top_k}, lora_rank={c.lora_rank}{weights}, isa={describe(self.isa)}"
         )
 
     def _base(self) -> Base:
@@ -231,7 +236,7 @@ class MoELayer(nn.Module):
         return {name: getattr(self, f"packed_{name}") for name in NAMES}
 
     def _any_kernels(self) -> kernels.Kernels:
-        """Some instance: packing is the same in all of them."""
+        """Some instance: packing is the same in all those of this config."""
         return kernels.load(plan_kernels(self.config, self.isa).shapes[-1])
 
     @property
@@ -246,25 +251,30 @@ class MoELayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._base().check_seal()
-        destination.update({f"{prefix}{STATE_PREFIX}{name}": tensor for name, tensor in self.unpack().items()})
+        destination.update({f"{prefix}{STATE_PREFIX}{name}": tensor for name, tensor in flat(self.unpack()).items()})
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        bases = {f"{prefix}{STATE_PREFIX}{projection.base_name}": projection for projection in self._projections}
-        rest = {key: value for key, value in state_dict.items() if key not in bases}
+        prefix += STATE_PREFIX
+        keys = {prefix + p.base_name: p for p in self._projections}
+        scales = {prefix + p.scale_name for p in self._projections if self.config.packing.quantized}
+        rest = {key: value for key, value in state_dict.items() if key not in keys.keys() | scales}
+        prefix = prefix.removesuffix(STATE_PREFIX)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        missing_keys.extend(key for key in bases if strict and key not in state_dict)
-        present = {key: projection for key, projection in bases.items() if key in state_dict}
+        missing_keys.extend(key for key in (*keys, *sorted(scales)) if strict and key not in state_dict)
+        present = {key: projection for key, projection in keys.items() if key in state_dict}
+        packing, sources = self.config.packing, {}
         try:
-            for key, projection in present.items():
-                check_base(key, state_dict[key], (self.config.num_experts, projection.out, projection.in_))
+            for key, p in present.items():
+                sources[key] = source = with_scales(state_dict, key, f"{prefix}{p.scale_name}", packing)
+                check_base(key, source, (self.config.num_experts,), p.out, p.in_, packing)
         except (InputError, InputTypeError) as error:
             error_msgs.append(str(error))
             return
-        self._seal.open(projection.name for projection in present.values())
-        for key, projection in present.items():
-            packed = self._packed()[projection.name]
-            pack_experts(self._any_kernels(), key, state_dict[key], packed, projection.out, projection.in_)
-            self._seal.close(projection.name, packed)
+        self._seal.open(p.name for p in present.values())
+        for key, p in present.items():
+            packed = self._packed()[p.name]
+            pack_experts(self._any_kernels(), key, sources[key], packed, p.out, p.in_, packing)
+            self._seal.close(p.name, packed)

@@ -8,23 +8,19 @@ import torch
 from torch.autograd.graph import increment_version
 
 from jitmoe.config import MoEConfig, read_fields
-from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
+from jitmoe.errors import InputError, WeightsChangedError
 from jitmoe.experts.inputs import check_plain, in_memory
 from jitmoe.experts.packed_file import map_packed
+from jitmoe.experts.quantized import SCALE_DTYPES, ExpertSource, Quantized, check_base
 from jitmoe.experts.workspace import allocate, memory_errors
+from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit.kernels import Kernels
-from jitmoe.plan.shapes import packed_elements
 from jitmoe.process import usable_threads
-
-ExpertSource = torch.Tensor | Sequence[torch.Tensor] | Callable[[int], torch.Tensor]
-"""Where the matrices [out, in] of the experts come from: one stacked tensor [E, out, in], a sequence of
-E matrices, or a function from the expert's number to its matrix, which is called once per expert and
-whose result is let go before the next call."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """Experts that are packed already, int16 [E, packed_elements]; a layer takes them as they are."""
+    """Experts that are packed already, int16 [E, packed items]; a layer takes them as they are."""
 
     tensor: torch.Tensor
 
@@ -36,74 +32,90 @@ def open_packed(path: Path, config: MoEConfig, verify: bool) -> dict[str, Packed
         return {name: PackedExperts(torch.from_numpy(matrix)) for name, matrix in matrices.items()}
 
 
-def empty_packed(experts: int, out: int, in_: int) -> torch.Tensor:
-    """Room for ``experts`` packed matrices, int16 [E, packed_elements]: bits that ``.to(dtype)`` leaves alone."""
-    pages = allocate(experts * packed_elements(out, in_) * 2)
+def empty_packed(experts: int, out: int, in_: int, packing: Packing = BFLOAT16) -> torch.Tensor:
+    """Room for ``experts`` packed matrices, int16 [E, packed items]: bits that ``.to(dtype)`` leaves alone."""
+    pages = allocate(experts * packing.packed_bytes(out, in_))
     with torch.inference_mode(False):  # an inference tensor counts no versions, which the seal reads
         return torch.from_numpy(pages).view(torch.int16).view(experts, -1)
 
 
-def pack_experts(kernels: Kernels, name: str, source: ExpertSource, packed: torch.Tensor, out: int, in_: int) -> None:
+def pack_experts(
+    kernels: Kernels,
+    name: str,
+    source: ExpertSource,
+    packed: torch.Tensor,
+    out: int,
+    in_: int,
+    packing: Packing = BFLOAT16,
+) -> None:
     """Fill ``packed`` expert by expert.
 
     Args:
-        kernels: any instance; the layout is the same in all.
+        kernels: any instance with this packing; the layout is the same in all.
         name: of the tensor, for error messages.
-        source: see :data:`ExpertSource`; matrices are bfloat16 [out, in] on the CPU.
+        source: see :data:`~jitmoe.experts.quantized.ExpertSource`; matrices are [out, in] on the CPU.
         packed: from :func:`empty_packed`.
         out: rows of a matrix.
         in_: columns of a matrix.
+        packing: of the matrices.
 
     Raises:
         InputError: wrong number, shape or device. Nothing is packed from a stacked tensor or sequence then.
-        InputTypeError: not bfloat16.
+        InputTypeError: not of the packing's format.
     """
     experts = packed.shape[0]
-    if isinstance(source, torch.Tensor):
-        check_base(name, source, (experts, out, in_))
+    if isinstance(source, (torch.Tensor, Quantized)):
+        check_base(name, source, (experts,), out, in_, packing)
     elif not callable(source) and len(source) != experts:
         raise InputError(f"{name} has {len(source)} matrices, expected one for each of {experts} experts")
     if not packed.is_inference():
         increment_version(packed)  # the kernel writes behind torch's back; before, as a source may fail halfway
     for expert in range(experts):
         matrix = source(expert) if callable(source) else source[expert]
-        check_base(f"{name}[{expert}]", matrix, (out, in_))
+        checked = check_base(f"{name}[{expert}]", matrix, (), out, in_, packing)
         with memory_errors():
-            matrix = in_memory((f"{name}[{expert}]",), (matrix.detach(),))[0].contiguous()
-        kernels.pack(matrix.data_ptr(), packed[expert].data_ptr(), 1, out, in_, usable_threads(torch.get_num_threads()))
+            values, *scales = (
+                in_memory((f"{name}[{expert}]",), (tensor,))[0].contiguous() for tensor in checked if tensor is not None
+            )
+        threads = usable_threads(torch.get_num_threads())
+        scales_at = scales[0].data_ptr() if scales else None
+        kernels.pack(values.data_ptr(), packed[expert].data_ptr(), 1, out, in_, threads, scales_at)
 
 
 def unpack_experts(
+    kernels: Kernels,
+    packed: torch.Tensor,
+    out: int,
+    in_: int,
+    experts: Sequence[int] | None = None,
+    packing: Packing = BFLOAT16,
+) -> torch.Tensor | Quantized:
+    """A new copy of what was packed, bit for bit, stacked; or of some experts only."""
+    chosen = range(packed.shape[0]) if experts is None else experts
+    threads = usable_threads(torch.get_num_threads())
+    dtype = getattr(torch, packing.format.value_dtype)
+    values = torch.empty(len(chosen), *packing.value_shape(out, in_), dtype=dtype, device="cpu")
+    scales = None
+    if packing.quantized:
+        dtype = SCALE_DTYPES[packing.scale]
+        scales = torch.empty(len(chosen), *packing.scale_shape(out, in_), dtype=dtype, device="cpu")
+    for place, expert in enumerate(chosen):
+        scales_at = None if scales is None else scales[place].data_ptr()
+        kernels.unpack(packed[expert].data_ptr(), values[place].data_ptr(), 1, out, in_, threads, scales_at)
+    return values if scales is None else Quantized(values, scales)
+
+
+def decode_experts(
     kernels: Kernels, packed: torch.Tensor, out: int, in_: int, experts: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """The canonical bfloat16 tensor [E, out, in], a new copy, bit for bit what was packed; or of some experts only."""
+    """The bfloat16 weights [E, out, in] that the products multiply with; or of some experts only."""
     chosen = range(packed.shape[0]) if experts is None else experts
     with memory_errors():
         result = torch.empty(len(chosen), out, in_, dtype=torch.bfloat16, device="cpu")
     threads = usable_threads(torch.get_num_threads())
     for place, expert in enumerate(chosen):
-        kernels.unpack(packed[expert].data_ptr(), result[place].data_ptr(), 1, out, in_, threads)
+        kernels.decode(packed[expert].data_ptr(), result[place].data_ptr(), 1, out, in_, threads)
     return result
-
-
-def check_base(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a base weight that is not a dense bfloat16 CPU tensor of ``shape``."""
-    check_plain(name, tensor)
-    if tensor.dtype != torch.bfloat16:
-        raise InputTypeError(f"{name} must be bfloat16, got {tensor.dtype}; {_advice(tensor.dtype)}")
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise InputError(f"{name} must be a dense CPU tensor, got device {tensor.device}, layout {tensor.layout}")
-
-
-def _advice(dtype: torch.dtype) -> str:
-    if dtype in (torch.float16, torch.float32, torch.float64):
-        return "convert it with .to(torch.bfloat16)"
-    return (
-        "its values are numbers of a quantised format, which mean nothing without their scales: dequantise them "
-        "(values times scales, in float32) and convert the product to bfloat16"
-    )
 
 
 def version_of(packed: torch.Tensor) -> int:

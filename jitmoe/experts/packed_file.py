@@ -1,7 +1,7 @@
 """Packed weights of one layer in a file: written once, mapped by every process that computes with them.
 
 0 B    magic (8 B), SHA-256 of what follows (32 B), the header as JSON, zeros up to 4 KB
-2 MB   gate_proj, packed: 2-byte elements [E, packed_elements(I, H)]
+2 MB   gate_proj, packed: 2-byte items [E, packed items], scales among them
 ...    up_proj, then down_proj, each from the next multiple of 2 MB on
 """
 
@@ -26,12 +26,14 @@ from jitmoe.plan.projections import projections
 from jitmoe.plan.shapes import PACKED_LAYOUT, round_up
 
 Matrices = dict[str, npt.NDArray[np.int16]]
-"""The packed gate, up and down weights under these names, [E, packed_elements]."""
+"""The packed gate, up and down weights under these names, [E, packed items]."""
 
 MAGIC = b"jitmoe\0W"
 HEADER_BYTES = 4096
 DIGEST_BYTES = 32
 SIZES = ("num_experts", "hidden_size", "intermediate_size")
+BFLOAT16_SAYS = {"weight_format": "bfloat16", "group_size": 0, "scale_dtype": "none"}
+"""What the header of quantised weights says beside the sizes; that of bfloat16 does not say it."""
 
 MAP_NORESERVE = 0x4000
 """Linux on x86-64; the mmap module of Python 3.11 does not name it."""
@@ -109,7 +111,7 @@ def _places(config: MoEConfig) -> dict[str, tuple[int, int]]:
     places = {}
     end = HEADER_BYTES
     for projection in projections(config.hidden_size, config.intermediate_size):
-        nbytes = config.num_experts * projection.packed_elements * 2
+        nbytes = config.num_experts * projection.packed_items(config) * 2
         places[projection.name] = (round_up(end, PAGE), nbytes)
         end = sum(places[projection.name])
     return places
@@ -124,7 +126,8 @@ def _header(config: MoEConfig, places: Mapping[str, tuple[int, int]], digests: M
         name: {"offset": offset, "nbytes": nbytes, "sha256": digests[name]} for name, (offset, nbytes) in places.items()
     }
     sizes = {name: getattr(config, name) for name in SIZES}
-    text = json.dumps({"layout": PACKED_LAYOUT, **sizes, "matrices": matrices}).encode()
+    packing = _packing(config) if config.packing.quantized else {}
+    text = json.dumps({"layout": PACKED_LAYOUT, **sizes, **packing, "matrices": matrices}).encode()
     body = text.ljust(HEADER_BYTES - len(MAGIC) - DIGEST_BYTES, b"\0")
     return MAGIC + hashlib.sha256(body).digest() + body
 
@@ -149,6 +152,11 @@ def _check_header(
     ]
     if other:
         raise PackedFileError(f"{path} holds a layer of other sizes: its {'; its '.join(other)}")
+    found = {name: header.get(name, usual) for name, usual in BFLOAT16_SAYS.items()}
+    if found != _packing(config):
+        raise PackedFileError(
+            f"{path} holds weights of another format: {_words(found)}, the config's are {_words(_packing(config))}"
+        )
     if info.st_size != _length(places):
         raise PackedFileError(
             f"{path} is damaged: it has {info.st_size} bytes, expected {_length(places)}. Write it again"
@@ -167,6 +175,15 @@ def _digests(path: Path, header: Mapping[str, Any], places: Mapping[str, tuple[i
             raise PackedFileError(f"{path} has a header that says other things of {name} than its layout. {AGAIN}")
         digests[name] = said["sha256"]
     return digests
+
+
+def _packing(config: MoEConfig) -> dict[str, str | int]:
+    packing = config.packing
+    return {"weight_format": packing.format.name, "group_size": packing.group, "scale_dtype": packing.scale}
+
+
+def _words(packing: Mapping[str, str | int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in packing.items() if value not in (0, "none"))
 
 
 def _read_header(path: Path, block: bytes) -> dict[str, Any]:

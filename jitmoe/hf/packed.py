@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jitmoe.experts.pack import check_base, empty_packed, pack_experts, unpack_experts
+from jitmoe.experts.pack import decode_experts, empty_packed, pack_experts
+from jitmoe.experts.quantized import check_base
+from jitmoe.formats import BFLOAT16
 from jitmoe.hf.layout import PARTS, Layout, WeightName
 from jitmoe.process import usable_threads
 
@@ -53,7 +55,7 @@ class Packed:
             batch = range(first, min(first + count, layout.experts))
             for place, expert in enumerate(batch):
                 for stage, extent, matrix in zip(stages, extents, parts_of(expert), strict=True):
-                    check_base(f"{name}[{expert}]", matrix, extent)
+                    check_base(f"{name}[{expert}]", matrix, (), *extent, BFLOAT16)
                     # NumPy copies on this thread: to wake others costs more, on a busy machine much more.
                     stage.numpy()[place] = matrix.detach().view(torch.int16).numpy()
             for part, stage, extent in zip(packed.parts, stages, extents, strict=True):
@@ -69,7 +71,7 @@ class Packed:
     def read(self, experts: Sequence[int], parts: tuple[str, ...]) -> Tensor:
         """Matrices of these experts, bfloat16 [number, ...] in the module's layout, bit for bit what was packed."""
         kernels = self.layout.packing_kernels()
-        read = [unpack_experts(kernels, self.tensors[p], *self.layout.extent(p), experts) for p in parts]
+        read = [decode_experts(kernels, self.tensors[p], *self.layout.extent(p), experts) for p in parts]
         return self.layout.join(read)
 
     def write(self, expert: int, matrix: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jitmoe.errors import CaptureError, ConfigError
 from jitmoe.experts.layer import NEXT_CALL, ON_NONFINITE, MoELayer
+from jitmoe.experts.quantized import flat
 from jitmoe.files import replacing
 from jitmoe.jit import cpu
 from jitmoe.plan.projections import LORA_NAMES
@@ -49,7 +50,7 @@ class Captured:
             "isa": self.layer.isa,
             "versions": _versions(),
             "experts": active,
-            **self.layer.unpack(active.tolist()),
+            **flat(self.layer.unpack(active.tolist())),
             **{name: bias[active] for name, bias in self.layer.biases().items()},
             **{name: tensor.detach()[active] for name, tensor in lora.items()},
             "x": self.x.detach().clone(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,18 @@ from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.measure import Options, Outcome
 from jitmoe.bench.measure import compare as measure
 from jitmoe.config import MoEConfig
+from jitmoe.errors import BenchError
 from jitmoe.experts.layer import MoELayer
+from jitmoe.experts.quantize import quantize
+from jitmoe.experts.quantized import Quantized
 from jitmoe.inspect.replay import Comparison, compare
 from jitmoe.jit.capability import resolve_isa
-from jitmoe.oracle.data import batches, make_base, make_lora
+from jitmoe.oracle.data import Base, batches, make_base, make_lora
+from jitmoe.oracle.formats import dequantize
 from jitmoe.oracle.reference import Activation, Biases, LoraTensors
 from jitmoe.oracle.workloads import Workload
 from jitmoe.oracle.yardstick import Inputs
+from jitmoe.plan.projections import projections
 
 SEED = 0
 
@@ -25,7 +31,7 @@ def make_call(config: MoEConfig, tokens: int) -> Inputs:
     """A call of ``tokens`` tokens with random weights, inputs and routing, the same in every run; B is not zero."""
     generator = torch.Generator().manual_seed(SEED)
     workload = _workload(config, tokens)
-    base, lora = make_base(workload, generator), make_lora(workload, generator)
+    base, lora = _decoded(config, make_base(workload, generator)), make_lora(workload, generator)
     batch = next(batches(workload, generator))
     return Inputs(
         x=batch.x,
@@ -48,8 +54,31 @@ def _make_biases(config: MoEConfig, generator: torch.Generator) -> Biases:
 
 
 def make_layer(config: MoEConfig, inputs: Inputs) -> MoELayer:
-    """The layer of ``config`` with the base weights of ``inputs``."""
-    return MoELayer(config, **inputs.base())
+    """The layer of ``config`` with the base weights of ``inputs``; what was decoded stays as it is, quantised again."""
+    base: dict[str, Any] = dict(inputs.base())
+    if config.packing.quantized:
+        base |= _sources(config, inputs)
+    return MoELayer(config, **base)
+
+
+def _sources(config: MoEConfig, base: Base | Inputs) -> dict[str, Quantized]:
+    weights = {
+        p.base_name: getattr(base, p.base_name) for p in projections(config.hidden_size, config.intermediate_size)
+    }
+    return quantize(weights, config.weight_format, config.group_size, config.scale_dtype)[0]
+
+
+def _decoded(config: MoEConfig, base: Base) -> Base:
+    """W' of these weights in the config's format."""
+    if not config.packing.quantized:
+        return base
+    extents = {p.base_name: (p.out, p.in_) for p in projections(config.hidden_size, config.intermediate_size)}
+    return Base(
+        **{
+            name: dequantize(config.packing, source.values, source.scales, *extents[name])
+            for name, source in _sources(config, base).items()
+        }
+    )
 
 
 def comparisons(layer: MoELayer, inputs: Inputs) -> Iterator[tuple[str, Comparison]]:
@@ -63,8 +92,10 @@ def measure_speed(config: MoEConfig, tokens: int) -> Outcome:
 
     Raises:
         IsaError: the config names an instruction set that cannot run here.
-        BenchError: another instruction set ran.
+        BenchError: another instruction set ran, or the weights are quantised: only bfloat16 is measured.
     """
+    if config.packing.quantized:
+        raise BenchError(f"perf measures bfloat16 weights alone, and weight_format is {config.weight_format}")
     options = Options((resolve_isa(config.requested_isa),), lora_dtype=config.lora_dtype)
     return measure(_workload(config, tokens), options, Ceilings(torch.get_num_threads()))
 

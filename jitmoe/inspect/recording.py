@@ -16,10 +16,12 @@ from torch import Tensor
 
 from jitmoe.config import LoraDtype, MoEConfig
 from jitmoe.errors import CaptureError, JitmoeError
+from jitmoe.experts.quantized import Quantized, check_base
 from jitmoe.inspect.capture import FORMAT
+from jitmoe.oracle.formats import dequantize
 from jitmoe.oracle.reference import Activation, Biases, LoraTensors
 from jitmoe.oracle.yardstick import Inputs, Results, noise_like
-from jitmoe.plan.projections import NAMES, lora_shapes
+from jitmoe.plan.projections import NAMES, lora_shapes, projections
 
 LOG_KEYS = {
     "num_experts": "expert_num",
@@ -42,7 +44,8 @@ class Recording:
 
     Attributes:
         config: of a layer with the experts of the file.
-        inputs: of the call.
+        inputs: of the call; base weights that are quantised in the file are decoded here.
+        base: base weights and biases of the layer, under the names of its constructor.
         isa: instruction set of the recorded layer; None where the file does not say.
         results: what the recorded layer computed, as far as the file says.
         experts: for each expert of the file, its id in the recorded layer.
@@ -51,6 +54,7 @@ class Recording:
 
     config: MoEConfig
     inputs: Inputs
+    base: Mapping[str, Any]
     isa: str | None
     results: Results
     experts: tuple[int, ...]
@@ -99,6 +103,7 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     ids = _integers(content, "topk_ids")
     kept = (ids >= 0) & (ids < config.num_experts)
     held = replace(config, num_experts=experts.numel())
+    quantized, content = _quantized(content, held)
     inputs = _inputs(content, torch.where(kept, place[ids.clamp(0, config.num_experts - 1)], -1), held)
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     notes = [f"captured with {versions}", f"{experts.numel()} of {config.num_experts} experts were chosen"]
@@ -110,7 +115,20 @@ def _read_capture(content: Mapping[str, Any]) -> Recording:
     isa = content["isa"]
     if not isinstance(isa, str):
         raise TypeError(f"isa is a {type(isa).__name__}, expected the name of an instruction set")
-    return Recording(held, inputs, isa, results, tuple(experts.tolist()), tuple(notes))
+    base = {**inputs.base(), **quantized}
+    return Recording(held, inputs, base, isa, results, tuple(experts.tolist()), tuple(notes))
+
+
+def _quantized(content: Mapping[str, Any], config: MoEConfig) -> tuple[dict[str, Quantized], Mapping[str, Any]]:
+    """The base weights of a quantised layer, and the content with bfloat16 in their place; none where they are that."""
+    found = {}
+    content, packing = dict(content), config.packing
+    for p in projections(config.hidden_size, config.intermediate_size) if packing.quantized else ():
+        source = Quantized(_tensor(content, p.base_name), _tensor(content, p.scale_name))
+        check_base(p.base_name, source, (config.num_experts,), p.out, p.in_, packing)
+        content[p.base_name] = dequantize(packing, source.values, source.scales, p.out, p.in_)
+        found[p.base_name] = source
+    return found, content
 
 
 def _captured_config(fields: Mapping[str, Any]) -> MoEConfig:
@@ -137,7 +155,7 @@ def _read_log(content: Mapping[str, Any], lora_alpha: float | None) -> Recording
     )
     renamed = {"x": _tensor(content, "input_data"), "topk_ids": _tensor(content, "expert_ids")}
     inputs = _inputs({**content, **renamed}, renamed["topk_ids"].long(), config)
-    return Recording(config, inputs, None, {}, tuple(range(config.num_experts)), tuple(notes))
+    return Recording(config, inputs, inputs.base(), None, {}, tuple(range(config.num_experts)), tuple(notes))
 
 
 def _inputs(content: Mapping[str, Any], topk_ids: Tensor, config: MoEConfig) -> Inputs:

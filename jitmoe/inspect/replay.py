@@ -129,9 +129,9 @@ class Replay:
         isa = isa or _isa_of(recording)
         # A forced register block fits only the instruction set that it was forced for.
         m_step = recording.config.m_step if isa == recording.isa else None
-        config, inputs = replace(recording.config, isa=cast(IsaChoice, isa), m_step=m_step), recording.inputs
+        config = replace(recording.config, isa=cast(IsaChoice, isa), m_step=m_step)
         self.recording = recording
-        self.layer = MoELayer(config, **inputs.base())
+        self.layer = MoELayer(config, **recording.base)
 
     def summary(self) -> str:
         """Sizes and layer, the notes of the recording, and whether the same bits come out again."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe.inspect.records import PARAMETER, STEP, Record
+from jitmoe.inspect.scales import BadScales
 from jitmoe.inspect.trace_report import Finding, held_before
 
 LARGEST = 3.3895313892515355e38
@@ -95,12 +96,14 @@ class Evidence:
         records: of the pass, those of steps in the order of :data:`STEPS`.
         bad_weights: by parameter and expert, [rows, columns] bool, True where a value is not finite. A parameter that
             is all finite is left out.
+        bad_scales: by base weight and expert, where its scales are not all finite.
         terms: most terms of any sum, times the LoRA scale where that exceeds 1.
     """
 
     pass_name: str
     records: Sequence[Record]
     bad_weights: Mapping[tuple[str, int], npt.NDArray[np.bool_]]
+    bad_scales: Mapping[tuple[str, int], BadScales]
     terms: float
 
 
@@ -164,7 +167,12 @@ def _bad_weight(step: Step, record: Record, evidence: Evidence) -> str | None:
             place = (record.first.column, int(reaching[0]))
             row, column = place if step.axis == 0 else place[::-1]
             axes = ", ".join(AXES[name.split("_", 1)[1]])
-            return f"{name}[{record.expert}, {row}, {column}] (expert, {axes})"
+            scales = evidence.bad_scales.get((name, record.expert))
+            scale = scales and scales.of(row, column)
+            found = f"{name}[{record.expert}, {row}, {column}]"
+            if scale:
+                return f"{name}_scale[{record.expert}, {scale[0]}, {scale[1]}], the scale of {found} (expert, {axes}),"
+            return f"{found} (expert, {axes})"
     return None
 
 

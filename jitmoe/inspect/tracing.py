@@ -12,6 +12,7 @@ from jitmoe import settings
 from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.host.scan import Scan, empty_records, observe_address, read_record, scan
 from jitmoe.inspect.records import PADDING, PARAMETER, SCRATCH, STEP, Position, Record
+from jitmoe.inspect.scales import BadScales, bad_scales, read_scales
 from jitmoe.inspect.trace_cause import AGAIN, STEPS, Evidence, find_first
 from jitmoe.inspect.trace_report import CallTrace, Report
 from jitmoe.jit.abi import TENSORS, view_fields
@@ -113,6 +114,7 @@ class Recorder:
         self._projections = projections(launch.shape.hidden, launch.shape.intermediate)
         self._parameters: list[Record] = []
         self._bad_weights: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+        self._bad_scales: dict[tuple[str, int], BadScales] = {}
         self._scratch: list[Record] = []
         self._steps: list[Record] = []
 
@@ -135,7 +137,7 @@ class Recorder:
         records = (*self._parameters, *self._scratch, *self._steps)
         rows = max((record.rows for record in self._steps), default=0)
         terms = max(shape.hidden, shape.intermediate, rows) * max(1.0, abs(float(self._record["scale"])))
-        first = find_first(Evidence(self._pass_name, records, self._bad_weights, terms))
+        first = find_first(Evidence(self._pass_name, records, self._bad_weights, self._bad_scales, terms))
         return CallTrace(self._pass_name, shape.name, records, first)
 
     def _experts(self) -> Iterator[tuple[int, int, int]]:
@@ -161,10 +163,16 @@ class Recorder:
         out, in_ = projection.out, projection.in_
         matrix = np.empty((round_up(out, N_STRIP), round_up(in_, K_STEP)), np.uint16)
         padding: list[Record] = []
+        kernels, packing = self._launch.kernels, self._launch.shape.packing
         for expert, _, _ in self._experts():
-            at = int(self._record[f"{projection.name}.weights"]) + expert * projection.packed_elements * 2
-            self._launch.kernels.unpack(at, matrix.ctypes.data, 1, *matrix.shape, 1)
+            at = int(self._record[f"{projection.name}.weights"]) + expert * packing.packed_bytes(out, in_)
+            kernels.decode(at, matrix.ctypes.data, 1, *matrix.shape, 1)
             self._scan_parameter(projection.base_name, expert, matrix[:out, :in_])
+            if packing.quantized:
+                scales = read_scales(kernels, packing, at, out, in_)
+                self._parameters.append(_record(PARAMETER, projection.scale_name, expert, scales, scan(scales)))
+                if bad := bad_scales(packing, scales, in_):
+                    self._bad_scales[projection.base_name, expert] = bad
             for row, column, part in ((0, in_, matrix[:, in_:]), (out, 0, matrix[out:, :in_])):
                 padding.append(_record(PADDING, projection.base_name, expert, part, scan(part), row, column))
         self._parameters += padding

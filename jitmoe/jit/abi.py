@@ -9,7 +9,7 @@ import numpy.typing as npt
 from jitmoe.errors import KernelError
 from jitmoe.plan.projections import NAMES
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Version of the interface; ``kAbiVersion`` in call.hpp."""
 
 PHASES = (

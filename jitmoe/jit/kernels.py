@@ -34,33 +34,44 @@ class Kernels:
         library.jitmoe_call_size.restype = ctypes.c_int64
         if library.jitmoe_abi() != abi.ABI_VERSION or library.jitmoe_call_size() != abi.CALL.itemsize:
             raise KernelError(f"{path} was built for another version of jitmoe; run `jitmoe cache clear`")
-        move = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
+        sizes = [ctypes.c_int64] * 4
+        move = [*[ctypes.c_void_p] * 3, *sizes]
         self._passes = {
             name: _function(library, f"jitmoe_{name}", [ctypes.c_void_p]) for name in ("forward", "backward")
         }
         self._pack = _function(library, "jitmoe_pack", move)
         self._unpack = _function(library, "jitmoe_unpack", move)
+        self._decode = _function(library, "jitmoe_decode", [*[ctypes.c_void_p] * 2, *sizes])
 
     def run(self, pass_name: str, record: abi.Record) -> None:
         """Run the pass "forward" or "backward" on the ``Call`` in ``record``, whose addresses must stay valid."""
         self._passes[pass_name](record.ctypes.data)
 
-    def pack(self, canonical: int, packed: int, experts: int, out: int, in_: int, threads: int) -> None:
-        """Pack bfloat16 matrices.
+    def pack(
+        self, values: int, packed: int, experts: int, out: int, in_: int, threads: int, scales: int | None = None
+    ) -> None:
+        """Pack matrices of the shape's weight format.
 
         Args:
-            canonical: address of [experts, out, in_].
-            packed: address of ``experts`` times :func:`~jitmoe.plan.shapes.packed_elements` elements, to be written.
+            values: address of [experts, out, in_] as shipped; see :class:`~jitmoe.formats.Packing`.
+            packed: address of ``experts`` times :meth:`~jitmoe.formats.Packing.packed_bytes`, to be written.
             experts: number of matrices.
             out: rows of each.
             in_: columns of each.
             threads: to use.
+            scales: address of the scales as shipped; of bfloat16 there are none.
         """
-        self._pack(canonical, packed, experts, out, in_, threads)
+        self._pack(values, scales, packed, experts, out, in_, threads)
 
-    def unpack(self, packed: int, canonical: int, experts: int, out: int, in_: int, threads: int) -> None:
-        """The inverse of :meth:`pack`: reads ``packed`` and writes ``canonical``."""
-        self._unpack(packed, canonical, experts, out, in_, threads)
+    def unpack(
+        self, packed: int, values: int, experts: int, out: int, in_: int, threads: int, scales: int | None = None
+    ) -> None:
+        """The inverse of :meth:`pack`: reads ``packed`` and writes ``values`` and ``scales``."""
+        self._unpack(packed, values, scales, experts, out, in_, threads)
+
+    def decode(self, packed: int, decoded: int, experts: int, out: int, in_: int, threads: int) -> None:
+        """Write the bfloat16 [experts, out, in_] that products multiply with to ``decoded``."""
+        self._decode(packed, decoded, experts, out, in_, threads)
 
 
 def array_at(

@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 
 from jitmoe.config import MAX_SIZE, MoEConfig
 from jitmoe.errors import ConfigError
+from jitmoe.formats import WeightFormat
 from jitmoe.limits import available_memory
 from jitmoe.memory.plan import MemoryPlan, kernels_of, plan_call
 from jitmoe.memory.tensors import KINDS
 from jitmoe.plan.groups import GROUP_BYTES
-from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.text import size, table
 
 ADAM_STATES = 2
 """Tensors that AdamW keeps for each parameter, in the dtype of the parameter."""
+
+SMALLER: tuple[WeightFormat, ...] = ("int8_row", "int4_group")
+"""Weight formats whose saving is shown."""
 
 PER_LAYER = ("packed weight", "parameter", "gradient", "saved")
 """Kinds that every layer of a model holds at the worst moment, the end of the first backward pass. The other kinds
@@ -130,7 +133,6 @@ def estimate(load: Load) -> Estimate:
     items = _items(load, plan)
     total = sum(item.total for item in items)
     savings = {change: total - _total(other) for change, other in _changes(load)}
-    savings["int8 weights with a float32 scale a row (not implemented)"] = _int8_saving(load, plan)
     return Estimate(load, plan, items, available_memory(), savings)
 
 
@@ -169,9 +171,6 @@ def _changes(load: Load) -> Iterator[tuple[str, Load]]:
     yield "groups of half the rows (GROUP_BYTES in plan/groups.py)", replace(load, group_bytes=load.group_bytes // 2)
     if config.lora_rank and config.lora_dtype != "bfloat16":
         yield 'lora_dtype="bfloat16"', replace(load, config=replace(config, lora_dtype="bfloat16"))
-
-
-def _int8_saving(load: Load, plan: MemoryPlan) -> int:
-    config = load.config
-    scales = config.num_experts * (2 * config.intermediate_size + config.hidden_size) * ITEM_BYTES["float32"]
-    return load.layers * (plan.by_kind()["packed weight"] // 2 - scales)
+    if not config.packing.quantized:
+        for name in SMALLER:
+            yield f'weight_format="{name}"', replace(load, config=replace(config, weight_format=name))

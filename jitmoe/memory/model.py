@@ -189,6 +189,9 @@ def _notes(content: Mapping[str, Any]) -> Iterator[str]:
     """What these experts compute and :class:`~jitmoe.experts.layer.MoELayer` does not."""
     activation = content.get("hidden_act") or content.get("hidden_activation") or "silu"
     if content.get("model_type") == "gpt_oss":
-        yield "gpt-oss has biases, which are not counted; its layer takes activation='gpt_oss' and bias=True"
+        yield (
+            "gpt-oss has biases, which are not counted; its layer takes activation='gpt_oss', bias=True and, as it is "
+            "shipped, weight_format='mxfp4'"
+        )
     elif activation not in ("silu", "swish"):
         yield f"the activation of this model is {activation}, and jitmoe computes silu; the bytes are right"

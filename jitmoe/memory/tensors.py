@@ -58,7 +58,7 @@ class Held:
 def layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
     """Packed weights and parameters, alive from step 0 to step ``last``."""
     held = [
-        Held(f"packed_{p.name}", (config.num_experts, p.packed_elements), "int16", "packed weight", 0, last)
+        Held(f"packed_{p.name}", (config.num_experts, p.packed_items(config)), "int16", "packed weight", 0, last)
         for p in projections(config.hidden_size, config.intermediate_size)
     ]
     if config.bias:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jitmoe.plan.shapes import packed_elements
+from jitmoe.config import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Projection:
         return f"{self.name}_bias"
 
     @property
-    def packed_elements(self) -> int:
-        """Elements of the packed W of one expert."""
-        return packed_elements(self.out, self.in_)
+    def scale_name(self) -> str:
+        """Name of the scales of a quantised W in state dicts and in files."""
+        return f"{self.base_name}_scale"
+
+    def packed_items(self, config: MoEConfig) -> int:
+        """2-byte items of the packed W of one expert."""
+        return config.packing.packed_bytes(self.out, self.in_) // 2
 
     def lora_shapes(self, experts: int, rank: int) -> dict[str, tuple[int, int, int]]:
         """Names and shapes of A and B of ``experts`` experts."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jitmoe.config import Activation, MoEConfig
 from jitmoe.errors import ConfigError
+from jitmoe.formats import Packing, ScaleDtype, WeightFormat, packing_of
 from jitmoe.isa import ISAS
 
 K_STEP = 32
@@ -36,7 +37,7 @@ def round_up(value: int, step: int) -> int:
 
 
 def packed_elements(out: int, in_: int) -> int:
-    """Elements of one packed matrix [out, in]; mirrors ``packed_elements`` in gemm/pack.hpp."""
+    """Elements of one packed bfloat16 matrix [out, in]; mirrors ``packed_elements`` in gemm/pack.hpp."""
     return round_up(out, N_STRIP) * round_up(in_, K_STEP)
 
 
@@ -52,6 +53,10 @@ class Shape:
         m_step: rows of a register block.
         lora_bf16: LoRA parameters are bfloat16 instead of float32.
         activation: the function that makes a of gate and up.
+        bias: gate, up and down have biases.
+        format: how the base weights are kept.
+        group_size: inputs that share a scale in ``int4_group``, else 0.
+        scale: dtype of the scales.
         watch: what the instance records about its calls.
     """
 
@@ -63,13 +68,22 @@ class Shape:
     lora_bf16: bool
     activation: Activation = "silu"
     bias: bool = False
+    format: WeightFormat = "bfloat16"
+    group_size: int = 0
+    scale: ScaleDtype = "none"
     watch: Watch = "nothing"
+
+    @property
+    def packing(self) -> Packing:
+        """How the base weights are packed."""
+        return packing_of(self.format, self.group_size, self.scale)
 
     @property
     def name(self) -> str:
         """Short readable identity, for reports and cache entries."""
         lora = "bf16" if self.lora_bf16 else "f32"
-        words = (self.activation, "bias" if self.bias else "", self.watch)
+        weights = f"{self.format}{self.group_size or ''}_{self.scale}" if self.packing.quantized else ""
+        words = (self.activation, "bias" if self.bias else "", weights, self.watch)
         special = [word for word in words if word not in ("silu", "", "nothing")]
         sizes = f"h{self.hidden}_i{self.intermediate}_r{self.padded_rank}_m{self.m_step}"
         return "_".join([self.isa, sizes, lora, *special])
@@ -144,6 +158,9 @@ def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool) -> KernelPlan:
             lora_bf16=lora_bf16,
             activation=config.activation,
             bias=config.bias,
+            format=config.weight_format,
+            group_size=config.group_size if config.weight_format == "int4_group" else 0,
+            scale=config.packing.scale,
         )
         for block_isa, step in blocks
     )

@@ -75,21 +75,25 @@ struct GemmAmx {
       _mm512_storeu_si512(row_of(block, row, column), load_rounded(strip + row * kStrip, columns));
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
                       const SumStart& start, float* strip, float* scratch) {
     begin(rows, start, strip);
     const int64_t whole = k / kKStep;
-    auto* last = reinterpret_cast<bf16*>(scratch);
-    if (k % kKStep) cut_pairs(weights.block(whole), k % kKStep, last);
-    sweep(panel, rows, weights, {weights.blocks, whole, k % kKStep ? last : nullptr}, strip);
+    auto* room = reinterpret_cast<bf16*>(scratch);
+    Pairs<S> pairs(weights);
+    const bf16* blocks = pairs.run(0, whole, room);
+    bf16* last = blocks == room ? room + whole * kBlockElements : room;
+    if (k % kKStep) cut_pairs(pairs.block(whole), k % kKStep, last);
+    sweep(panel, rows, weights, {blocks, whole, k % kKStep ? last : nullptr}, strip);
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights<S>& weights,
                        const SumStart& start, float* strip, float* scratch) {
     begin(rows, start, strip);
     const int64_t all = ceil_div(n, kKStep);
     auto* paired = reinterpret_cast<bf16*>(scratch);
-    for (int64_t i = 0; i < all; ++i) pair_outputs(weights.block(i), paired + i * kBlockElements);
+    Pairs<S> pairs(weights);
+    for (int64_t i = 0; i < all; ++i) pair_outputs(pairs.block(i), paired + i * kBlockElements);
     bf16* last = paired + n / kKStep * kBlockElements;
     if (n % kKStep) cut_pairs(last, n % kKStep, last);
     sweep(panel, rows, weights, {paired, all, nullptr}, strip);
@@ -147,11 +151,11 @@ struct GemmAmx {
 
   // Row blocks share nothing, so the last, partial one comes first where its configuration is still loaded: each strip
   // then changes the configuration once instead of twice.
-  static void sweep(const Operand* panel, int64_t rows, const Weights& weights, const Right& right,
+  static void sweep(const Operand* panel, int64_t rows, const Weights<S>& weights, const Right& right,
                     float* strip) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = right.whole + (right.last ? 1 : 0);
-    const NextChunk next(weights, 0, all, all, blocks.count);
+    const NextChunk<S> next(weights, 0, all, all, blocks.count);
     const int64_t last = blocks.count - 1;
     const int64_t start = configured_rows == bottom_rows(blocks.size(last)) ? last : 0;
     for (int64_t i = 0; i < blocks.count; ++i) {

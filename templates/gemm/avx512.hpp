@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "gemm/f32.hpp"
+#include "weights/decode_avx512.hpp"
 
 namespace jitmoe {
 

@@ -50,28 +50,37 @@ struct GemmAvx512Bf16 {
     store_pairs(pairs, count, column, column + columns, block);
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
-                      const SumStart& start, float* strip, float*) {
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
+                      const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(k, kKStep);
-    constexpr int64_t kChunkBlocks = kTuned.forward_blocks;
-    for (int64_t first = 0; first < all; first += kChunkBlocks)
-      sweep<true>(panel, blocks, k, first, weights.block(first),
-                  NextChunk(weights, first, kChunkBlocks, all, blocks.count),
-                  smaller(kChunkBlocks, all - first), first ? SumStart::strip(strip) : start, strip);
+    constexpr int64_t kChunkBlocks = Pairs<S>::kPlain ? kTuned.forward_blocks : kTuned.decoded_blocks;
+    if constexpr (!Pairs<S>::kPlain)
+      if (blocks.count == 1 && rows <= kTuned.direct_rows)
+        return Vectors::template with_rows<smaller(S.m_step, kTuned.direct_rows)>(
+            rows, [&]<int R>() { dot_codes<R>(panel, weights, k, start.of_block(blocks, 0), strip); });
+    Pairs<S> pairs(weights);
+    for (int64_t first = 0; first < all; first += kChunkBlocks) {
+      const int64_t count = smaller(kChunkBlocks, all - first);
+      sweep<Pairs<S>::kPlain>(panel, blocks, k, first,
+                              pairs.run(first, count, reinterpret_cast<bf16*>(scratch)),
+                              NextChunk<S>(weights, first, kChunkBlocks, all, blocks.count), count,
+                              first ? SumStart::strip(strip) : start, strip);
+    }
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights<S>& weights,
                        const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     const int64_t all = ceil_div(n, kKStep);
     bf16* paired = reinterpret_cast<bf16*>(scratch);
     constexpr int64_t kChunkBlocks = kTuned.backward_blocks;
+    Pairs<S> pairs(weights);
     for (int64_t first = 0; first < all; first += kChunkBlocks) {
       const int64_t count = smaller(kChunkBlocks, all - first);
-      for (int64_t i = 0; i < count; ++i) pair_outputs(weights.block(first + i), paired + i * kBlockElements);
+      for (int64_t i = 0; i < count; ++i) pair_outputs(pairs.block(first + i), paired + i * kBlockElements);
       sweep<false>(panel, blocks, n, first, paired,
-                   NextChunk(weights, first, kChunkBlocks, all, blocks.count), count,
+                   NextChunk<S>(weights, first, kChunkBlocks, all, blocks.count), count,
                    first ? SumStart::strip(strip) : start, strip);
     }
   }
@@ -102,7 +111,7 @@ struct GemmAvx512Bf16 {
   // All row blocks over `count` blocks of pairs, packed ones in forward and re-paired ones in backward.
   template <bool Packed>
   static void sweep(const Operand* panel, const RowBlocks& blocks, int64_t k, int64_t first,
-                    const bf16* pairs, const NextChunk& next, int64_t count, const SumStart& start,
+                    const bf16* pairs, const NextChunk<S>& next, int64_t count, const SumStart& start,
                     float* strip) {
     for (int64_t b = 0; b < blocks.count; ++b)
       Vectors::with_rows(blocks.size(b), [&]<int R>() {
@@ -141,6 +150,45 @@ struct GemmAvx512Bf16 {
       if (here % 2) dot_row<R>(a, first_of_pair(pair), first_of_pair(pair + kTileElements), sum);
     }
     Vectors::template store_sums<R>(c, kTile, sum);
+  }
+
+  // One row block of few rows on weights of another format, which are decoded in registers.
+  template <int R>
+  static void dot_codes(const Operand* a, const Weights<S>& weights, int64_t k, const SumStart& start,
+                        float* c) {
+    __m512 sum[R][2];
+    Vectors::template begin_sums<R>(start, 0, kTile, sum);
+    typename DecoderOf<S>::type decoder;
+    const int64_t all = ceil_div(k, kKStep);
+    for (int64_t b = 0; b < all; ++b) {
+      const auto* block = weights.block(b);
+      if constexpr (R > kTuned.streamed_codes)
+        if (const auto* later = weights.later(b + kTuned.codes_ahead, all))
+          prefetch_to_l2(later, Layout<S>::kBlockItems);
+      const int64_t here = smaller(kKStep, k - b * kKStep);
+      if (here < kKStep || !decoder.begin(block, weights.scales_of(b))) {
+        alignas(64) bf16 room[kBlockElements];
+        decoder.decode(block, weights.scales_of(b), room);
+        dot_block<R>(a, room, here, sum);
+      } else {
+        for (int64_t i = 0; i < kTile; i += 4) {
+          __m512i left[4][1], right[4][1];
+          decoder.four(block, i, left);
+          decoder.four(block, kTile + i, right);
+#pragma GCC unroll 4
+          for (int n = 0; n < 4; ++n) dot_row<R>(a + (i + n) * R, left[n][0], right[n][0], sum);
+        }
+      }
+      a += kTile * R;
+    }
+    Vectors::template store_sums<R>(c, kTile, sum);
+  }
+
+  template <int R>
+  static void dot_block(const Operand* a, const bf16* pair, int64_t count, __m512 (&sum)[R][2]) {
+    for (int64_t i = 0; i < count / 2; ++i, pair += kKStep, a += R)
+      dot_row<R>(a, V::load_bits(pair), V::load_bits(pair + kTileElements), sum);
+    if (count % 2) dot_row<R>(a, first_of_pair(pair), first_of_pair(pair + kTileElements), sum);
   }
 
   // Where only half of the last pair is inside the matrix, the other half becomes zero: a NaN in the padding times zero

@@ -23,6 +23,8 @@ struct GemmF32 {
   using Bits = typename V::Bits;
   static constexpr int kLanes = V::kLanes;
   static constexpr int64_t kChunkBlocks = kChunk / kKStep;
+  // The shape of weights that lie as pairs.
+  static constexpr Shape kAsPairs = as_pairs(S);
   static constexpr auto& outer = Vectors::outer;
   static constexpr auto& transpose = Vectors::template transpose<false>;
   static constexpr auto& transpose_padded = Vectors::template transpose<true>;
@@ -55,19 +57,26 @@ struct GemmF32 {
     }
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
                       const SumStart& start, float* strip, float* scratch) {
     const RowBlocks blocks(rows, S.m_step);
     if (blocks.count > T.direct_blocks)
       return chunked(panel, blocks, k, weights, start, strip, scratch, expand);
-    for (int64_t b = 0; b < blocks.count; ++b)
-      Vectors::with_rows(blocks.size(b), [&]<int R>() {
-        direct<R>(panel + b * block_elements(k), weights, b == 0, k, start.of_block(blocks, b),
-                  strip + blocks.begin(b) * kStrip);
+    if constexpr (Pairs<S>::kPlain)
+      for (int64_t b = 0; b < blocks.count; ++b)
+        Vectors::with_rows(blocks.size(b), [&]<int R>() {
+          direct<R>(panel + b * block_elements(k), weights, b == 0, k, start.of_block(blocks, b),
+                    strip + blocks.begin(b) * kStrip);
+        });
+    else if (kInRegisters && blocks.count == 1 && rows <= T.streamed_rows)
+      Vectors::template with_rows<smaller(S.m_step, T.streamed_rows)>(rows, [&]<int R>() {
+        if constexpr (kInRegisters) direct_codes<R>(panel, weights, k, start.of_block(blocks, 0), strip);
       });
+    else
+      decoded(panel, blocks, k, weights, start, strip, reinterpret_cast<bf16*>(scratch));
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights<S>& weights,
                        const SumStart& start, float* strip, float* scratch) {
     chunked(panel, RowBlocks(rows, S.m_step), n, weights, start, strip, scratch, transpose_expand);
   }
@@ -92,14 +101,15 @@ struct GemmF32 {
 
  private:
   // For each chunk of the contraction, expands the weights once and sweeps all row blocks over them.
-  static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights& weights,
+  static void chunked(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights<S>& weights,
                       const SumStart& start, float* strip, float* scratch,
                       void (*fill)(const bf16*, float*)) {
     const int64_t all = ceil_div(k, kKStep);
+    Pairs<S> pairs(weights);
     for (int64_t first = 0; first < all; first += kChunkBlocks) {
       const int64_t count = smaller(kChunkBlocks, all - first);
-      for (int64_t i = 0; i < count; ++i) fill(weights.block(first + i), scratch + i * kBlockElements);
-      const NextChunk next(weights, first, kChunkBlocks, all, blocks.count);
+      for (int64_t i = 0; i < count; ++i) fill(pairs.block(first + i), scratch + i * kBlockElements);
+      const NextChunk<S> next(weights, first, kChunkBlocks, all, blocks.count);
       for (int64_t b = 0; b < blocks.count; ++b)
         Vectors::with_rows(blocks.size(b), [&]<int R>() {
           const float* a = panel + b * block_elements(k) + first * kKStep * R;
@@ -112,10 +122,65 @@ struct GemmF32 {
     }
   }
 
+  // A vector holds a line of pairs, so that a decoder may leave it in a register.
+  static constexpr bool kInRegisters = kLanes == kTile;
+
+  // One row block of few rows on weights of another format, which are decoded in registers.
+  template <int R>
+  static void direct_codes(const float* a, const Weights<S>& weights, int64_t k, const SumStart& start,
+                           float* strip) {
+    Float sum[R][2];
+    Vectors::template begin_sums<R>(start, 0, kTile, sum);
+    typename DecoderOf<S>::type decoder;
+    for (int64_t first = 0; first < k; first += kKStep, a += kKStep * R) {
+      const auto* block = weights.block(first / kKStep);
+      const auto* scales = weights.scales_of(first / kKStep);
+      const int64_t here = smaller(kKStep, k - first);
+      if (here < kKStep || !decoder.begin(block, scales)) {
+        alignas(64) bf16 room[kBlockElements];
+        decoder.decode(block, scales, room);
+        fma_tile<R, 0>(a, room, here, sum);
+        fma_tile<R, 1>(a, room + kTileElements, here, sum);
+        continue;
+      }
+      for (int64_t i = 0; i < kTile; i += 4) {
+        Bits left[4][1], right[4][1];
+        decoder.four(block, i, left);
+        decoder.four(block, kTile + i, right);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+          const float* x = a + 2 * (i + n) * R;
+          Vectors::template fma_row<R>(x, V::low_half(left[n][0]), V::low_half(right[n][0]), sum);
+          Vectors::template fma_row<R>(x + R, V::high_half(left[n][0]), V::high_half(right[n][0]), sum);
+        }
+      }
+    }
+    Vectors::template store_sums<R>(strip, kTile, sum);
+  }
+
+  // Few row blocks on weights of another format: chunk after chunk of them is decoded to pairs, and stays in L1.
+  static void decoded(const Operand* panel, const RowBlocks& blocks, int64_t k, const Weights<S>& weights,
+                      const SumStart& start, float* strip, bf16* room) {
+    constexpr int64_t kDecoded = T.decoded_blocks;
+    const int64_t all = ceil_div(k, kKStep);
+    Pairs<S> pairs(weights);
+    for (int64_t first = 0; first < all; first += kDecoded) {
+      const Weights<kAsPairs> chunk{pairs.run(first, smaller(kDecoded, all - first), room), nullptr,
+                                    kBlockElements};
+      const int64_t columns = smaller(kDecoded * kKStep, k - first * kKStep);
+      for (int64_t b = 0; b < blocks.count; ++b)
+        Vectors::with_rows(blocks.size(b), [&]<int R>() {
+          float* const c = strip + blocks.begin(b) * kStrip;
+          direct<R>(panel + b * block_elements(k) + first * kKStep * R, chunk, false, columns,
+                    first ? SumStart::strip(c) : start.of_block(blocks, b), c);
+        });
+    }
+  }
+
   // One row block on packed weights. Blocks of few rows stream the tiles one by one. Others take two tiles side by
   // side, whose chains keep the multipliers busy; the first of them brings each block to L2 long before it is read.
   template <int R>
-  static void direct(const float* a, const Weights& weights, bool first_rows, int64_t k,
+  static void direct(const float* a, const Weights<kAsPairs>& weights, bool first_rows, int64_t k,
                      const SumStart& start, float* strip) {
     for (int column = 0; column < kTile; column += kLanes) {  // vectors across one row of a tile
       Float sum[R][2];

@@ -1,4 +1,5 @@
-// The interface of the matrix back ends, and the one packed layout of the weights that all of them read.
+// The interface of the matrix back ends, and the one packed layout of the weights that all of them read: that of bfloat16,
+// of which other formats are codes (weights/layout.hpp).
 //
 // W[out, in] of one expert is cut into strips of 32 outputs. A strip is contiguous, so forward streams it from memory
 // once, front to back:
@@ -26,13 +27,9 @@
 #include <concepts>
 #include <type_traits>
 
-#include "bf16.hpp"
-#include "shape.hpp"
+#include "weights/decode.hpp"
 
 namespace jitmoe {
-
-inline constexpr int64_t kTileElements = kTile * kKStep;
-inline constexpr int64_t kBlockElements = kStrip * kKStep;
 
 // Even cut of the rows of a segment into row blocks of at most m_step: 15 rows at m_step 14 are 8 + 7, because a block
 // of one row waits for the latency of its additions. Where m_step is whole tiles of 16 rows, each block but the last is
@@ -46,19 +43,6 @@ struct RowBlocks {
       : rows(rows), m_step(m_step), count(ceil_div(rows, m_step)), unit(m_step % kTile ? 1 : kTile) {}
   int64_t begin(int64_t block) const { return smaller(rows, block * ceil_div(rows, unit) / count * unit); }
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
-};
-
-// The packed blocks of 2 KB that one product contracts over, `stride` elements apart: neighbours in forward, one of
-// each strip in backward. `next` is the first block of this thread's next product, or null.
-struct Weights {
-  const bf16* blocks;
-  const bf16* next;
-  int64_t stride;
-  const bf16* block(int64_t index) const { return blocks + index * stride; }
-  // Block `index`, counted on beyond the `all` blocks of this product into the next one; null where there is none.
-  const bf16* later(int64_t index, int64_t all) const {
-    return index < all ? block(index) : next ? next + (index - all) * stride : nullptr;
-  }
 };
 
 alignas(64) inline constexpr float kZeros[kStrip] = {};
@@ -91,17 +75,19 @@ struct SumStart {
 // Ask for one line, and for some lines of packed weights. GCC 12 takes a function that only calls the prefetch builtin
 // for one without effect, and drops the call.
 inline void prefetch_to_l1(const bf16* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
-inline void prefetch_to_l2(const bf16* lines, int64_t elements) {
-  constexpr int64_t kLine = 64 / sizeof(bf16);
-  for (int64_t i = 0; i < elements; i += kLine) asm volatile("prefetcht1 %0" : : "m"(lines[i]));
+template <class Item>
+void prefetch_to_l2(const Item* lines, int64_t items) {
+  constexpr int64_t kLine = 64 / sizeof(Item);
+  for (int64_t i = 0; i < items; i += kLine) asm volatile("prefetcht1 %0" : : "m"(lines[i]));
 }
 
 // Brings the next chunk of weights into the L2 cache while the row blocks sweep over the current one. For each block
 // that a sweep reads, it fetches the block at the same place of the next chunk: all of it where there is one sweep,
 // else a part in each of the first two or four sweeps.
+template <Shape S>
 class NextChunk {
  public:
-  NextChunk(const Weights& weights, int64_t first_block, int64_t chunk_blocks, int64_t all_blocks,
+  NextChunk(const Weights<S>& weights, int64_t first_block, int64_t chunk_blocks, int64_t all_blocks,
             int64_t sweeps)
       : chunk_(first_block + chunk_blocks < all_blocks ? weights.block(first_block + chunk_blocks)
                                                        : weights.next),
@@ -110,14 +96,19 @@ class NextChunk {
 
   void fetch(int64_t sweep, int64_t block) const {
     if (!chunk_ || sweep >= parts_) return;
-    const int64_t elements = kBlockElements / parts_;
-    prefetch_to_l2(chunk_ + block * stride_ + sweep * elements, elements);
+    const int64_t items = Layout<S>::kBlockItems / parts_;
+    prefetch_to_l2(chunk_ + block * stride_ + sweep * items, items);
   }
 
  private:
-  const bf16* chunk_;
+  const typename Layout<S>::Item* chunk_;
   int64_t stride_;
   int64_t parts_;
+};
+
+// Where nothing is fetched.
+struct NoChunk {
+  void fetch(int64_t, int64_t) const {}
 };
 
 // What a back end sets up on each thread for the time of a parallel region; most set up nothing.
@@ -166,19 +157,19 @@ concept PacksStrips = HasOperand<G> && requires(const float* strip, int64_t coun
 };
 
 // strip = start + panel [rows, k] . W[32 outputs, k]^T. `scratch` has room for expanded or paired weights.
-template <class G>
+template <class G, Shape S>
 concept MultipliesForward =
     HasOperand<G> && requires(const typename G::Operand* panel, int64_t rows, int64_t k,
-                              const Weights& weights, const SumStart& start, float* strip,
+                              const Weights<S>& weights, const SumStart& start, float* strip,
                               float* scratch) { G::forward(panel, rows, k, weights, start, strip, scratch); };
 
 // strip = start + panel [rows, n] . W[n, 32 inputs]. Columns of `strip` and `start` are in the order of the lanes.
-template <class G>
-concept MultipliesBackward =
-    HasOperand<G> && requires(const typename G::Operand* panel, int64_t rows, int64_t n,
-                              const Weights& weights, const SumStart& start, float* strip, float* scratch) {
-      G::backward(panel, rows, n, weights, start, strip, scratch);
-    };
+template <class G, Shape S>
+concept MultipliesBackward = HasOperand<G> && requires(const typename G::Operand* panel, int64_t rows,
+                                                       int64_t n, const Weights<S>& weights,
+                                                       const SumStart& start, float* strip, float* scratch) {
+  G::backward(panel, rows, n, weights, start, strip, scratch);
+};
 
 // Column that backward keeps in a lane of its strip, until the strip is put into natural order.
 template <class G>
@@ -207,9 +198,9 @@ concept Transposes = requires(const float* from, int64_t stride, int64_t rows, i
 };
 
 template <class G, Shape S>
-concept BackEnd =
-    SizesRowBlocks<G> && PacksRows<G> && PacksStrips<G> && MultipliesForward<G> && MultipliesBackward<G> &&
-    OrdersColumns<G> && MultipliesLowRank<G, S> && AddsOuterProducts<G> && Transposes<G>;
+concept BackEnd = SizesRowBlocks<G> && PacksRows<G> && PacksStrips<G> && MultipliesForward<G, S> &&
+                  MultipliesBackward<G, S> && OrdersColumns<G> && MultipliesLowRank<G, S> &&
+                  AddsOuterProducts<G> && Transposes<G>;
 
 // Whether a class is a back end; if not, an error says in a sentence what is missing.
 template <class G, Shape S>
@@ -218,9 +209,9 @@ constexpr bool check_back_end() {
   static_assert(SizesRowBlocks<G>, "a back end needs int64_t block_elements(k)");
   static_assert(PacksRows<G>, "a back end needs pack_rows(rows, stride, count, k, block)");
   static_assert(PacksStrips<G>, "a back end needs pack_strip(strip, count, column, columns, k, block)");
-  static_assert(MultipliesForward<G>,
+  static_assert(MultipliesForward<G, S>,
                 "a back end needs forward(panel, rows, k, weights, start, strip, scratch)");
-  static_assert(MultipliesBackward<G>,
+  static_assert(MultipliesBackward<G, S>,
                 "a back end needs backward(panel, rows, n, weights, start, strip, scratch)");
   static_assert(OrdersColumns<G>,
                 "a back end needs int64_t column_at(lane) and to_natural_order(strip, rows)");

@@ -28,28 +28,16 @@ struct GemmRef {
       for (int64_t c = 0; c < columns; ++c) block[row * k + column + c] = strip[row * kStrip + c];
   }
 
-  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights& weights,
+  static void forward(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
                       const SumStart& start, float* strip, float*) {
-    const RowBlocks blocks(rows, S.m_step);
-    begin(blocks, start, strip);
-    for (int64_t b = 0; b < blocks.count; ++b)
-      for (int64_t row = 0; row < blocks.size(b); ++row)
-        for (int64_t c = 0; c < kStrip; ++c)
-          for (int64_t i = 0; i < k; ++i)
-            strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[b * block_elements(k) + row * k + i] * weight(weights.block(i / kKStep), c, i % kKStep);
+    multiply(panel, rows, k, weights, start, strip,
+             [](const bf16* block, int64_t c, int64_t i) { return weight(block, c, i); });
   }
 
-  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights& weights,
+  static void backward(const Operand* panel, int64_t rows, int64_t n, const Weights<S>& weights,
                        const SumStart& start, float* strip, float*) {
-    const RowBlocks blocks(rows, S.m_step);
-    begin(blocks, start, strip);
-    for (int64_t b = 0; b < blocks.count; ++b)
-      for (int64_t row = 0; row < blocks.size(b); ++row)
-        for (int64_t c = 0; c < kStrip; ++c)
-          for (int64_t i = 0; i < n; ++i)
-            strip[(blocks.begin(b) + row) * kStrip + c] +=
-                panel[b * block_elements(n) + row * n + i] * weight(weights.block(i / kStrip), i % kStrip, c);
+    multiply(panel, rows, n, weights, start, strip,
+             [](const bf16* block, int64_t c, int64_t i) { return weight(block, i, c); });
   }
 
   static int64_t column_at(int64_t lane) { return lane; }
@@ -87,6 +75,24 @@ struct GemmRef {
   }
 
  private:
+  // Each sum takes its products in the order of the contraction; weight(block, column, i) is that of place i of it.
+  template <class Weight>
+  static void multiply(const Operand* panel, int64_t rows, int64_t k, const Weights<S>& weights,
+                       const SumStart& start, float* strip, Weight&& weight) {
+    const RowBlocks blocks(rows, S.m_step);
+    begin(blocks, start, strip);
+    Pairs<S> pairs(weights);
+    for (int64_t first = 0; first < k; first += kKStep) {
+      const bf16* block = pairs.block(first / kKStep);
+      for (int64_t b = 0; b < blocks.count; ++b)
+        for (int64_t row = 0; row < blocks.size(b); ++row)
+          for (int64_t c = 0; c < kStrip; ++c)
+            for (int64_t i = first; i < smaller(first + kKStep, k); ++i)
+              strip[(blocks.begin(b) + row) * kStrip + c] +=
+                  panel[b * block_elements(k) + row * k + i] * weight(block, c, i - first);
+    }
+  }
+
   static void begin(const RowBlocks& blocks, const SumStart& start, float* strip) {
     for (int64_t row = 0; row < blocks.rows; ++row)
       for (int64_t c = 0; c < kStrip; ++c) strip[row * kStrip + c] = start.from[row * start.stride + c];

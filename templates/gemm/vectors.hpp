@@ -85,9 +85,9 @@ struct VectorBlock {
   }
 
   // Two vectors of columns of a strip = start + a [k, R]^T . b [k, 32]. `next` only prefetches and may be null.
-  template <int R>
+  template <int R, class Next>
   static void multiply(const float* a, int64_t a_stride, const float* b, int64_t k, const SumStart& start,
-                       int64_t column, float* strip, const NextChunk* next, int64_t sweep) {
+                       int64_t column, float* strip, const Next* next, int64_t sweep) {
     Float sum[R][2];
     begin_sums<R>(start, column, kLanes, sum);
     b += column;
@@ -103,8 +103,8 @@ struct VectorBlock {
     for (int64_t row = 0; row < rows; row += MStep)
       with_rows(smaller(MStep, rows - row), [&]<int R>() {
         for (int64_t column = 0; column < kStrip; column += kWidth)
-          multiply<R>(a + row, a_stride, b, k, SumStart::strip(c + row * kStrip), column, c + row * kStrip,
-                      nullptr, 0);
+          multiply<R, NoChunk>(a + row, a_stride, b, k, SumStart::strip(c + row * kStrip), column,
+                               c + row * kStrip, nullptr, 0);
       });
   }
 

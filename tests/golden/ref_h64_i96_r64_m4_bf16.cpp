@@ -10,6 +10,9 @@ constexpr jitmoe::Shape shape{
     .lora_bf16 = true,
     .activation = jitmoe::Activation::silu,
     .bias = false,
+    .format = jitmoe::Format::bfloat16,
+    .group_size = 0,
+    .scale = jitmoe::Scale::none,
     .watch = jitmoe::Watch::nothing,
 };
 
@@ -18,10 +21,13 @@ int jitmoe_abi() { return jitmoe::kAbiVersion; }
 int64_t jitmoe_call_size() { return sizeof(jitmoe::Call); }
 void jitmoe_forward(const jitmoe::Call* call) { jitmoe::forward<shape>(*call); }
 void jitmoe_backward(const jitmoe::Call* call) { jitmoe::backward<shape>(*call); }
-void jitmoe_pack(const uint16_t* canonical, uint16_t* packed, int64_t experts, int64_t out, int64_t in, int64_t threads) {
-  jitmoe::pack(canonical, packed, experts, out, in, threads);
+void jitmoe_pack(const void* values, const void* scales, void* packed, int64_t experts, int64_t out, int64_t in, int64_t threads) {
+  jitmoe::pack_weights<shape>(values, scales, packed, experts, out, in, threads);
 }
-void jitmoe_unpack(const uint16_t* packed, uint16_t* canonical, int64_t experts, int64_t out, int64_t in, int64_t threads) {
-  jitmoe::unpack(packed, canonical, experts, out, in, threads);
+void jitmoe_unpack(const void* packed, void* values, void* scales, int64_t experts, int64_t out, int64_t in, int64_t threads) {
+  jitmoe::unpack_weights<shape>(packed, values, scales, experts, out, in, threads);
+}
+void jitmoe_decode(const void* packed, uint16_t* decoded, int64_t experts, int64_t out, int64_t in, int64_t threads) {
+  jitmoe::decode_weights<shape>(packed, decoded, experts, out, in, threads);
 }
 }
