@@ -26,7 +26,7 @@ def check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], last: i
 def check_plain(name: str, tensor: Any) -> None:
     """Refuse what is no tensor, and tensors without memory of their own: a kernel gets addresses.
 
-    A graph that is being compiled is not looked at: its operators look at the real tensors.
+    What a compiler or torch.func wraps is not looked at: the passes look at the real tensors.
 
     Raises:
         InputTypeError: no tensor, or of a subclass, whose address may be none (DTensor, quantised tensors).
@@ -34,7 +34,7 @@ def check_plain(name: str, tensor: Any) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return
     kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:

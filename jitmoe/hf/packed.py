@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jitmoe.experts.pack import decode_experts, empty_packed, pack_experts
+from jitmoe.experts.pack import empty_packed, pack_experts, unpack_experts
 from jitmoe.experts.quantized import check_base
 from jitmoe.formats import BFLOAT16
 from jitmoe.hf.layout import PARTS, Layout, WeightName
@@ -71,7 +71,11 @@ class Packed:
     def read(self, experts: Sequence[int], parts: tuple[str, ...]) -> Tensor:
         """Matrices of these experts, bfloat16 [number, ...] in the module's layout, bit for bit what was packed."""
         kernels = self.layout.packing_kernels()
-        read = [decode_experts(kernels, self.tensors[p], *self.layout.extent(p), experts) for p in parts]
+        read = []
+        for part in parts:
+            matrices = unpack_experts(kernels, self.tensors[part], *self.layout.extent(part), experts)
+            assert isinstance(matrices, Tensor)
+            read.append(matrices)
         return self.layout.join(read)
 
     def write(self, expert: int, matrix: Tensor) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from jitmoe.errors import BuildError, KernelError
 from jitmoe.jit import abi, toolchain
 from jitmoe.jit.cache import opened_library
-from jitmoe.plan.shapes import packed_elements
 
 TRIAL_SECONDS = 60.0
 """Longest trial of a library. It takes 50 ms; machines can be busy, and a library can hang."""
 
-TRIAL_SIZE = (3, 5, 37)
-"""Experts, rows and columns of the matrices that a trial packs and unpacks: sizes with padding."""
+TRIAL_SIZE = (3, 5, 96)
+"""Experts, rows and columns of the matrices that a trial packs and unpacks: rows that are padded, and no part of a word
+or group, which a quantised format would not give back."""
+
+ROOM = 1 << 16
+"""Bytes for values, scales and packed weights of a trial, more than any format takes."""
 
 _loads = itertools.count(1)
 
@@ -23,19 +26,19 @@ TRIAL = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
 if hasattr(library, "jitmoe_abi"):
-    version, size, experts, out, columns, elements = map(int, sys.argv[2:])
+    version, size, experts, out, columns, room = map(int, sys.argv[2:])
     library.jitmoe_call_size.restype = ctypes.c_int64
     found = library.jitmoe_abi(), library.jitmoe_call_size()
     if found != (version, size):
         sys.exit(f"it has the interface {found}, expected {(version, size)}")
-    move = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
+    move = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
     library.jitmoe_pack.argtypes = library.jitmoe_unpack.argtypes = move
-    count = experts * out * columns
-    given, back = ((ctypes.c_uint16 * count)(*values) for values in (range(1, count + 1), ()))
-    packed = (ctypes.c_uint16 * (experts * elements))()
-    library.jitmoe_pack(ctypes.addressof(given), ctypes.addressof(packed), experts, out, columns, 1)
-    library.jitmoe_unpack(ctypes.addressof(packed), ctypes.addressof(back), experts, out, columns, 1)
-    if list(given) != list(back):
+    given = (ctypes.c_uint8 * room)(*(1 + at % 251 for at in range(room)))
+    scales, packed, back, others = ((ctypes.c_uint8 * room)() for _ in range(4))
+    library.jitmoe_pack(given, scales, packed, experts, out, columns, 1)
+    library.jitmoe_unpack(packed, back, others, experts, out, columns, 1)
+    written = bytes(back).rstrip(bytes(1))
+    if not written or written != bytes(given)[: len(written)]:
         sys.exit("what it packs is not what it unpacks")
 """
 
@@ -47,7 +50,7 @@ def try_in_child(library: Path) -> None:
         BuildError: it cannot be loaded, ends the process, hangs, or is of another interface.
     """
     experts, out, columns = TRIAL_SIZE
-    numbers = (abi.ABI_VERSION, abi.CALL.itemsize, experts, out, columns, packed_elements(out, columns))
+    numbers = (abi.ABI_VERSION, abi.CALL.itemsize, experts, out, columns, ROOM)
     arguments = [str(library), *map(str, numbers)]
     with tempfile.TemporaryFile() as said:
         failure = toolchain.run([sys.executable, "-I", "-S", "-c", TRIAL, *arguments], TRIAL_SECONDS, said)
