@@ -456,11 +456,11 @@ MUTANTS = (
     Mutant(
         "stale_lora_b",
         "jitmoe/experts/functional.py",
-        "    return lora\n\n\ndef _check_budget",
+        "    return lora\n\n\ndef _shapes",
         "    return [\n"
         '        config.__dict__.setdefault(name, tensor.clone()) if name.endswith("_b") else tensor\n'
-        "        for name, tensor in zip(LORA_NAMES, lora, strict=True)\n"
-        "    ]\n\n\ndef _check_budget",
+        "        for name, tensor in zip(names_of(lora), lora, strict=True)\n"
+        "    ]\n\n\ndef _shapes",
         ("test_ancestor.py::test_an_update_of_lora_seen_by_a_but_not_by_b",),
         "B is copied in the first call, and an optimizer's step is not seen.",
     ),
@@ -471,6 +471,70 @@ MUTANTS = (
         "return tensor.to(torch.bfloat16)",
         ("test_faults_inputs.py::test_odd_strides_are_right",),
         "A transposed x is read as if its rows were contiguous.",
+    ),
+    Mutant(
+        "gate_and_up_swapped_in_the_fused_weight",
+        "jitmoe/hf/layout.py",
+        "return list(rows.chunk(len(parts), dim=-2))",
+        "return list(rows.chunk(len(parts), dim=-2))[::-1]",
+        ("test_hf_models.py::test_the_experts_alone_are_more_right_than_eager",),
+        "Rows of gate are taken for those of up.",
+    ),
+    Mutant(
+        "b_of_gate_and_up_never_takes_turns",
+        "jitmoe/hf/layout.py",
+        "        if self.interleaved:\n            return b.view",
+        "        if self.interleaved and self.hidden < 0:\n            return b.view",
+        ("test_hf_peft.py::test_a_step_with_lora_is_as_right_as_stock_peft",),
+        "LoRA of gpt-oss is read as if all of gate came before all of up.",
+    ),
+    Mutant(
+        "scale_of_a_second_adapter_lost",
+        "jitmoe/hf/peft_lora.py",
+        "b = [b.to(dtype) * scale for",
+        "b = [b.to(dtype) for",
+        ("test_hf_peft.py::test_several_adapters_add_up",),
+        "Several adapters are concatenated without their scales.",
+    ),
+    Mutant(
+        "adapter_not_handed_over",
+        "jitmoe/hf/peft_lora.py",
+        "    if not wrappers:\n        return None",
+        "    if True:\n        return None",
+        ("test_hf_peft.py::test_a_step_with_lora_is_as_right_as_stock_peft",),
+        "The experts run without LoRA, and nobody says so.",
+    ),
+    Mutant(
+        "merged_weights_not_seen",
+        "jitmoe/hf/packed.py",
+        "        self.writes += 1",
+        "        self.writes += 0",
+        ("test_hf_weight.py::test_the_next_call_sees_what_was_written",),
+        "A module does not notice that its packed weights were written.",
+    ),
+    Mutant(
+        "assigned_data_lost",
+        "jitmoe/hf/weight.py",
+        "        with torch.no_grad():\n            self.copy_(value)",
+        "        with torch.no_grad():\n            self.copy_(self.detach())",
+        ("test_hf_peft.py::test_merging_gives_the_weights_of_stock_peft",),
+        "A safe merge, which assigns .data, leaves the weights as they were.",
+    ),
+    Mutant(
+        "frozen_base_in_silence",
+        "jitmoe/hf/experts.py",
+        "        if any(ctx.needs_input_grad[2:]):",
+        "        if not ctx.needs_input_grad:",
+        ("test_hf_models.py::test_base_weights_that_want_a_gradient_are_an_error_in_backward",),
+        "Base weights with requires_grad=True get no gradient, without a word.",
+    ),
+    Mutant(
+        "one_a_gradient_of_two",
+        "jitmoe/experts/lora.py",
+        "        total.add_(part)",
+        "        total.add_(part, alpha=0)",
+        ("test_functional.py::test_fused_adapters_are_two_that_share_an_a",),
+        "The gradient of an A that gate and up share is that of gate alone.",
     ),
     Mutant(
         "broken_seal",
@@ -602,7 +666,7 @@ MUTANTS = (
     ),
     Mutant(
         "result_is_a_view",
-        "jitmoe/experts/passes.py",
+        "jitmoe/experts/supplies.py",
         "return memory.view(dtype).view(*shape).detach()",
         "return memory.view(dtype).view(*shape)",
         ("test_autograd.py::TestReusedMemory::test_results_can_be_written_in_place",),
@@ -610,7 +674,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients_of_absent_experts_left",
-        "jitmoe/experts/passes.py",
+        "jitmoe/experts/lora.py",
         "grad[begin:end].zero_()",
         "grad[begin + 1 : end].zero_()",
         ("test_autograd.py::TestReusedMemory::test_gradients_of_experts_without_rows_are_zero",),
