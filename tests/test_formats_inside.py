@@ -134,7 +134,7 @@ class TestCheck:
 
 def test_the_budget_knows_the_bytes() -> None:
     layer, plain = pair("mxfp4")
-    held = sum(tensor.nbytes for tensor in (*layer.buffers(), *layer.parameters()))
+    held = sum(tensor.nbytes for tensor in (*layer._packed().values(), *layer.buffers(), *layer.parameters()))
     base = quantized_base(RAGGED, packing_named("mxfp4"))
     assert MoELayer(replace(layer.config, memory_budget=held), **base)
     with pytest.raises(BudgetError, match="the weights and parameters of the layer"):

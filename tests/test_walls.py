@@ -32,7 +32,7 @@ MAY_USE = {
     "platformdirs": {"jit.location"},
     "safetensors": {"experts.pack", "hf"},
     "matplotlib": {"bench.plot", "hf.train.picture", "inspect.trace_picture"},
-    "transformers": {"bench.peers", "hf", "memory.model"},
+    "transformers": {"bench.loading", "bench.peers", "hf", "memory.model"},
     "peft": {"bench.peers", "hf"},
     "typer": {"cli"},
     "rich": {"cli", "progress"},

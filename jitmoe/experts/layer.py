@@ -268,7 +268,7 @@ class MoELayer(nn.Module):
         packing, sources = self.config.packing, {}
         try:
             for key, p in present.items():
-                sources[key] = source = with_scales(state_dict, key, f"{prefix}{p.scale_name}", packing)
+                sources[key] = source = with_scales(state_dict, key, f"{key}_scale", packing)
                 check_base(key, source, (self.config.num_experts,), p.out, p.in_, packing)
         except (InputError, InputTypeError) as error:
             error_msgs.append(str(error))

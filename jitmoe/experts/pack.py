@@ -94,11 +94,12 @@ def unpack_experts(
     chosen = range(packed.shape[0]) if experts is None else experts
     threads = usable_threads(torch.get_num_threads())
     dtype = getattr(torch, packing.format.value_dtype)
-    values = torch.empty(len(chosen), *packing.value_shape(out, in_), dtype=dtype, device="cpu")
     scales = None
-    if packing.quantized:
-        dtype = SCALE_DTYPES[packing.scale]
-        scales = torch.empty(len(chosen), *packing.scale_shape(out, in_), dtype=dtype, device="cpu")
+    with memory_errors():
+        values = torch.empty(len(chosen), *packing.value_shape(out, in_), dtype=dtype, device="cpu")
+        if packing.quantized:
+            dtype = SCALE_DTYPES[packing.scale]
+            scales = torch.empty(len(chosen), *packing.scale_shape(out, in_), dtype=dtype, device="cpu")
     for place, expert in enumerate(chosen):
         scales_at = None if scales is None else scales[place].data_ptr()
         kernels.unpack(packed[expert].data_ptr(), values[place].data_ptr(), 1, out, in_, threads, scales_at)
