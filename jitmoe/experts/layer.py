@@ -257,11 +257,9 @@ class MoELayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        prefix += STATE_PREFIX
-        keys = {prefix + p.base_name: p for p in self._projections}
-        scales = {prefix + p.scale_name for p in self._projections if self.config.packing.quantized}
+        keys = {f"{prefix}{STATE_PREFIX}{p.base_name}": p for p in self._projections}
+        scales = {f"{key}_scale" for key in keys if self.config.packing.quantized}
         rest = {key: value for key, value in state_dict.items() if key not in keys.keys() | scales}
-        prefix = prefix.removesuffix(STATE_PREFIX)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in (*keys, *sorted(scales)) if strict and key not in state_dict)
         present = {key: projection for key, projection in keys.items() if key in state_dict}
