@@ -10,7 +10,7 @@ from test_hf_peft import lora_config, peft_models
 from torch import Tensor
 
 import jitmoe
-from jitmoe.errors import InputError
+from jitmoe.errors import FrozenWeightsError, InputError
 
 SAME_OPERATORS = "aot_eager"
 """A backend that traces everything and fuses nothing: other operators keep their bits."""
@@ -61,3 +61,12 @@ def test_what_is_not_packed_is_said_before_it_is_compiled() -> None:
     model = on_jitmoe(eager_model("qwen3_moe"))
     with pytest.raises((InputError, torch._dynamo.exc.TorchDynamoException), match=r"jitmoe.hf.pack\(model\) before"):
         torch.compile(model, fullgraph=True, backend=SAME_OPERATORS)(tokens())
+
+
+def test_base_weights_that_want_a_gradient_are_an_error_in_a_graph_too() -> None:
+    model = on_jitmoe(eager_model("qwen3_moe"))
+    jitmoe.hf.pack(model)
+    experts = next(iter(experts_of(model).values()))
+    call = (torch.randn(9, 46).bfloat16(), torch.randint(0, 7, (9, 3)), torch.rand(9, 3))
+    with pytest.raises((FrozenWeightsError, torch._dynamo.exc.TorchDynamoException), match="requires_grad=True"):
+        torch.compile(experts, fullgraph=True, backend=SAME_OPERATORS)(*call)

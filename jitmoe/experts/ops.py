@@ -160,9 +160,8 @@ class TransformedBackward(torch.autograd.Function):
     """Backward of :class:`TransformedExperts`; it has no derivative."""
 
     @staticmethod
-    def forward(counts: tuple[int, int], base: list[Tensor], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
-        """Run backward."""
-        adapters, _ = counts
+    def forward(adapters: int, base: list[Tensor], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
+        """Run backward; ``adapters`` of ``tensors`` are LoRA, and those behind them were saved."""
         out_grad, x, topk_ids, weights, *others = tensors
         lora, saved = others[:adapters], others[adapters:]
         return tuple(passes.backward(out_grad, x, topk_ids, weights, base, lora, saved, *rest))
@@ -193,7 +192,7 @@ def _unwrapped_backward(
     *rest: Any,
 ) -> list[Tensor]:
     tensors = (out_grad, x, topk_ids, weights, *lora, *saved)
-    grads: tuple[Tensor, ...] = TransformedBackward.apply((len(lora), len(saved)), base, rest, *tensors)  # type: ignore[no-untyped-call]
+    grads: tuple[Tensor, ...] = TransformedBackward.apply(len(lora), base, rest, *tensors)  # type: ignore[no-untyped-call]
     return list(grads)
 
 
@@ -228,7 +227,7 @@ def _keep(
     ctx.save_for_backward(*kept)
     ctx.forms = [(tensor.shape, tensor.dtype) for tensor in kept]
     # Not saved: hooks of saved tensors would move the whole base, and its versions are looked at here.
-    ctx.base, ctx.versions, ctx.spec, ctx.scale, ctx.adapters = base, versions_of(base), spec, scale, len(lora)
+    ctx.base, ctx.versions, ctx.spec, ctx.scale = base, versions_of(base), spec, scale
     ctx.lora_names = names_of(lora)
     ctx.saved_names = [s.name for s in saved_of(spec, topk_ids.numel(), rank_of(lora), bool(saved))]
 
@@ -239,7 +238,8 @@ def _gradients(
     """Of x, of the routing weights and of LoRA, by ``run``; None where it is not wanted."""
     names = ("x", "topk_ids", "weights", *ctx.lora_names, *ctx.saved_names)
     x, topk_ids, weights, *rest = map(_restored, names, ctx.saved_tensors, ctx.forms)
-    lora, saved = rest[: ctx.adapters], rest[ctx.adapters :]
+    adapters = len(ctx.lora_names)
+    lora, saved = rest[:adapters], rest[adapters:]
     if versions_of(ctx.base) != ctx.versions:
         raise WeightsChangedError("base weights were loaded or written between forward and backward: run forward again")
     wants = [wants_x, wants_weights, wants_lora]

@@ -1,5 +1,6 @@
 """An experts module of transformers on our kernels: packed at its first call, called with whatever PEFT has active."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -75,18 +76,19 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     base = prepared.base_for(top_k_index.shape[-1])
     adapters = peft_lora.adapters_of(module, prepared.understood.layout)
     out = moe_experts(hidden_states, top_k_index, top_k_weights, base, adapters)
-    trained = _trained(module) if torch.is_grad_enabled() else []
-    if trained:
-        out = _Frozen.apply(out, class_name(module), *trained)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and _wants_gradients(module):
+        if torch.compiler.is_compiling():
+            raise _frozen(class_name(module))
+        out = _Frozen.apply(out, class_name(module), *module._parameters.values())  # type: ignore[no-untyped-call]
     return out
 
 
 def run_or_leave(module: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """:func:`run`, or the module's own forward where it is not understood; says so once for each class."""
+    """:func:`run`, or the module's own forward where it is not understood, with a warning for each class."""
     try:
         prepare(module)
     except UnsupportedExpertsError as error:
-        _say_once(str(error))
+        warnings.warn(f"{error} (left to transformers, as asked for)", stacklevel=2)
         own: Tensor = type(module).forward.__wrapped__(module, *args, **kwargs)
         return own
     return run(module, *args, **kwargs)
@@ -145,11 +147,17 @@ def _not_packed() -> InputError:
     return InputError("a compiler cannot pack the experts: call jitmoe.hf.pack(model) before torch.compile")
 
 
-def _trained(module: Any) -> list[Tensor]:
-    """Parameters that want a gradient; none in a compiled graph, which cannot hold packed ones."""
-    if torch.compiler.is_compiling():
-        return []
-    return [parameter for parameter in module._parameters.values() if parameter.requires_grad]
+@torch.compiler.assume_constant_result
+def _wants_gradients(module: Any) -> bool:
+    """Whether a weight or bias should be trained; a compiled graph is told once, it cannot hold packed parameters."""
+    return any(parameter.requires_grad for parameter in module._parameters.values())
+
+
+def _frozen(name: str) -> FrozenWeightsError:
+    return FrozenWeightsError(
+        f"the weights of {name} have requires_grad=True, and jitmoe keeps base weights frozen: train LoRA "
+        f"(peft.get_peft_model does it), or call requires_grad_(False) on the experts"
+    )
 
 
 def _seen(module: Any) -> tuple[Any, ...]:
@@ -195,19 +203,5 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Raise, if one of them wants a gradient."""
         if any(ctx.needs_input_grad[2:]):
-            raise FrozenWeightsError(
-                f"the weights of {ctx.name} have requires_grad=True, and jitmoe keeps base weights frozen: train LoRA "
-                f"(peft.get_peft_model does it), or call requires_grad_(False) on the experts"
-            )
+            raise _frozen(ctx.name)
         return (grad, None, *(None for _ in ctx.needs_input_grad[2:]))
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    import warnings
-
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(f"{message} (left to transformers, as asked for)", stacklevel=3)
