@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import jitmoe
-from jitmoe.errors import InputTypeError
+from jitmoe.errors import InputTypeError, WeightsChangedError
 from jitmoe.hf.weight import PackedWeight
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -161,6 +161,18 @@ def test_the_next_call_sees_what_was_written() -> None:
             module.down_proj.data += module.down_proj.data.clone().contiguous()
     with torch.no_grad():
         assert same_bits(ours(ids).logits, on_jitmoe(eager)(ids).logits)
+
+
+def test_weights_written_between_forward_and_backward_are_an_error() -> None:
+    _, ours = packed_model()
+    ids = tokens()
+    for module in experts_of(ours).values():
+        module.requires_grad_(False)
+    loss = ours(ids, labels=ids).loss
+    next(iter(experts_of(ours).values())).down_proj.data += 1.0
+    with pytest.raises(WeightsChangedError, match="between forward and backward"):
+        loss.backward()
+    ours(ids, labels=ids).loss.backward()
 
 
 READS = {

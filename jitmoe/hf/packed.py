@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from jitmoe.experts.pack import empty_packed, pack_experts, unpack_experts
 from jitmoe.experts.quantized import check_base
@@ -84,4 +85,6 @@ class Packed:
         for part, rows in zip(self.parts, self.layout.split(matrix, self.parts), strict=True):
             place = self.tensors[part][expert : expert + 1]
             pack_experts(kernels, f"{self.name}[{expert}]", [rows], place, *self.layout.extent(part))
+            if not self.tensors[part].is_inference():  # inside of an operator a view counts its writes for itself
+                increment_version(self.tensors[part])
         self.writes += 1
