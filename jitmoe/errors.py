@@ -49,6 +49,10 @@ class CheckpointError(JitmoeError, ValueError):
     """A checkpoint lacks tensors, or holds ones that jitmoe cannot read."""
 
 
+class CheckpointWriteError(JitmoeError, OSError):
+    """A checkpoint cannot be written: its folder exists, the disk has too little space, or the system refuses."""
+
+
 class DataError(JitmoeError, ValueError):
     """A row of training data cannot be used, or the file cannot be read. Names file and line."""
 

@@ -82,6 +82,41 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _put_back(path, old)
 
 
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A new, empty folder that becomes ``path`` when the block ends, and never takes the place of anything.
+
+    Until then it lies beside ``path`` as ``.NAME.part``. What a killed process left there is removed first; after an
+    error in the block nothing is left.
+
+    Raises:
+        OSError: the system refuses; FileExistsError where ``path`` is there, BlockingIOError where another thread or
+            process makes the same folder.
+    """
+    _check_free(path)
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.part")
+    with _folder_of(path) as parent, _sole_writer(part):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            # Names in the folder reach the disk before its own does.
+            with _folder_of(part / "*") as folder:
+                os.fsync(folder)
+            _check_free(path)
+            part.rename(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        os.fsync(parent)
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "it exists, and is not replaced", str(path))
+
+
 def _put_back(path: Path, old: Path) -> None:
     """Give ``old`` its name back if that is free; remove it if a new folder has taken it."""
     if old.exists() and not path.exists():

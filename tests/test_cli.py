@@ -44,7 +44,7 @@ def quick_kernels(monkeypatch):
 
 
 CACHE = ["cache", "cache path", "cache list", "cache clear"]
-COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", "convert", "train", *CACHE]
+COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", "convert", "convert-weights", "train", *CACHE]
 
 
 class TestHelp:

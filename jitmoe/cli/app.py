@@ -13,6 +13,7 @@ from jitmoe.cli.bench import bench
 from jitmoe.cli.build import build
 from jitmoe.cli.check import check
 from jitmoe.cli.convert import convert
+from jitmoe.cli.convert_weights import convert_weights
 from jitmoe.cli.doctor import doctor
 from jitmoe.cli.estimate import estimate
 from jitmoe.cli.replay import replay
@@ -27,7 +28,7 @@ VARIABLES = "Environment variables: " + "; ".join(
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.command(epilog=VARIABLES)(doctor)
-for command in (build, show, bench, estimate, replay, check, convert, train):
+for command in (build, show, bench, estimate, replay, check, convert, convert_weights, train):
     app.command()(command)
 app.add_typer(cache.app, name="cache")
 

@@ -1,5 +1,6 @@
 """Makes quantised base weights of bfloat16 ones, and says what that loses."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,41 @@ from jitmoe.oracle.formats import E2M1, dequantize, scales_of
 from jitmoe.text import table
 
 LARGEST_E4M3, LARGEST_INT8, LARGEST_INT4 = 448.0, 127, 7
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What matrices lose: sums over W' - W and over W, which add up over matrices.
+
+    Attributes:
+        lost: sum of squares of W' - W.
+        held: sum of squares of W.
+        lost_most: largest magnitude of W' - W.
+        held_most: largest magnitude of W.
+    """
+
+    lost: float = 0.0
+    held: float = 0.0
+    lost_most: float = 0.0
+    held_most: float = 0.0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(
+            self.lost + other.lost,
+            self.held + other.held,
+            max(self.lost_most, other.lost_most),
+            max(self.held_most, other.held_most),
+        )
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square of W' - W, over that of W."""
+        return math.sqrt(self.lost / self.held) if self.held else 0.0
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude of W' - W, over that of W."""
+        return self.lost_most / self.held_most if self.held_most else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,20 +110,38 @@ def quantize(
         raise InputError(f"{weight_format} is no quantised format: choose another weight_format")
     sources, errors = {}, {}
     for name, weights in base.items():
-        found, squares = [], []
+        found, losses = [], []
         for expert, matrix in enumerate(weights):
-            _check_finite(name, expert, matrix)
-            found.append(_quantized(packing, matrix.float()))
-            squares.append(_difference(packing, found[-1], matrix))
+            if place := nonfinite(matrix):
+                row, column = place
+                raise InputError(f"{name}[{expert}, {row}, {column}] is {matrix[place].item()}: it has no code")
+            quantized, loss = quantize_matrix(packing, matrix)
+            found.append(quantized)
+            losses.append(loss)
         sources[name] = Quantized(torch.stack([q.values for q in found]), torch.stack([q.scales for q in found]))
-        errors[name] = _error(torch.tensor(squares, dtype=torch.float64, device="cpu"))
+        errors[name] = _error(losses)
     return sources, QuantizationReport(weight_format, errors)
 
 
-def _check_finite(name: str, expert: int, matrix: Tensor) -> None:
-    if not matrix.isfinite().all():
-        row, column = (~matrix.isfinite()).nonzero()[0].tolist()
-        raise InputError(f"{name}[{expert}, {row}, {column}] is {matrix[row, column].item()}: it has no code")
+def quantize_matrix(packing: Packing, matrix: Tensor) -> tuple[Quantized, Loss]:
+    """Codes and scales of one matrix [out, in] of finite weights, and what it loses.
+
+    Rows that share no scale may come apart: whole rows, or 128 rows at a time in "fp8_block", give the same codes.
+
+    Args:
+        packing: of a quantised format.
+        matrix: bfloat16, float16 or float32; each weight becomes the code nearest to it as it is.
+    """
+    quantized = _quantized(packing, matrix.float())
+    return quantized, _loss(packing, quantized, matrix)
+
+
+def nonfinite(matrix: Tensor) -> tuple[int, int] | None:
+    """Row and column of the first weight that is not finite and so has no code."""
+    if matrix.isfinite().all():
+        return None
+    row, column = (~matrix.isfinite()).nonzero()[0].tolist()
+    return row, column
 
 
 def _quantized(packing: Packing, matrix: Tensor) -> Quantized:
@@ -146,23 +200,16 @@ ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
 """From codes as float32 [out, in] to values as shipped."""
 
 
-def _difference(packing: Packing, quantized: Quantized, matrix: Tensor) -> tuple[float, float, float, float]:
-    """Sum of squares of W' - W and of W, and the largest magnitudes of the two."""
+def _loss(packing: Packing, quantized: Quantized, matrix: Tensor) -> Loss:
     exact = matrix.double()
     error = dequantize(packing, quantized.values, quantized.scales, *matrix.shape).double() - exact
-    return (
+    return Loss(
         error.square().sum().item(), exact.square().sum().item(), error.abs().max().item(), exact.abs().max().item()
-    )  # fmt: skip
-
-
-def _error(parts: Tensor) -> QuantizationError:
-    """Of rows as :func:`_difference` gives them, one an expert."""
-    lost, held, lost_most, held_most = parts.unbind(1)
-    each = torch.where(held > 0, (lost / held).sqrt(), 0.0)
-    expert = int(each.argmax())
-    return QuantizationError(
-        rms=(lost.sum() / held.sum()).sqrt().item() if held.sum() else 0.0,
-        largest=(lost_most.max() / held_most.max()).item() if held_most.max() else 0.0,
-        worst=each[expert].item(),
-        expert=expert,
     )
+
+
+def _error(losses: list[Loss]) -> QuantizationError:
+    """Of the experts' losses."""
+    whole = sum(losses, Loss())
+    expert = max(range(len(losses)), key=lambda expert: losses[expert].rms)
+    return QuantizationError(whole.rms, whole.largest, worst=losses[expert].rms, expert=expert)

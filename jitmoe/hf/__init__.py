@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from jitmoe.hf.models import pack, unpack
     from jitmoe.hf.registry import register
     from jitmoe.hf.reporting import report
+    from jitmoe.hf.shipped.convert import convert_weights
 
-__all__ = ["from_pretrained", "pack", "register", "report", "unpack"]
+__all__ = ["convert_weights", "from_pretrained", "pack", "register", "report", "unpack"]
 
 _LAZY = {
+    "convert_weights": "jitmoe.hf.shipped.convert",
     "from_pretrained": "jitmoe.hf.loading",
     "pack": "jitmoe.hf.models",
     "register": "jitmoe.hf.registry",
