@@ -213,14 +213,14 @@ def run_python(program: str, timeout: float = 120, **environment: str) -> str:
     return done.stdout
 
 
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Run ``work`` in a forked child that gets SIGKILL before its ``step``-th call in files.py; whether it did."""
+def killed_at(step: int, work: Callable[[], object], files: tuple[str, ...] = ("files.py", "packed_file.py")) -> bool:
+    """Run ``work`` in a forked child that gets SIGKILL before the ``step``-th line of ``files``; whether it did."""
     child = os.fork()
     if child == 0:
         remaining = [step]
 
         def count(frame: object, event: str, _: object) -> object:
-            if frame.f_code.co_filename.endswith(("files.py", "packed_file.py")):
+            if frame.f_code.co_filename.endswith(files):
                 if event == "line":
                     remaining[0] -= 1
                     if remaining[0] < 0:

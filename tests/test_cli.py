@@ -44,7 +44,8 @@ def quick_kernels(monkeypatch):
 
 
 CACHE = ["cache", "cache path", "cache list", "cache clear"]
-COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", "convert", "convert-weights", "train", *CACHE]
+CONVERT = ["convert", "convert-weights"]
+COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", *CONVERT, "train", *CACHE]
 
 
 class TestHelp:

@@ -12,7 +12,9 @@ from jitmoe.cli import main
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train|convert)", TEXT)))
+COMMANDS = sorted(
+    set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train|convert-weights|convert)", TEXT))
+)
 
 
 def test_python_blocks_run_one_after_the_other(

@@ -61,7 +61,7 @@ class Plan:
         beside = sum((folder / name).stat().st_size for name in self.source.companions)
         self.bytes_after = sum(shard.size for shard in self.shards) + beside
         left_out = (f"LEFT OUT: {name}" for name in self.source.left_out)
-        self.notes = (*_ragged(self.packing, matrices), *left_out)
+        self.notes = (*_readers(self.packing), *_ragged(self.packing, matrices), *left_out)
 
     def __str__(self) -> str:
         files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
@@ -87,6 +87,15 @@ def _plain(jobs: Iterable[Job]) -> list[str]:
     return sorted({HEAD, *(name.removesuffix(".weight") for name in names)})
 
 
+def _readers(packing: Packing) -> Iterator[str]:
+    """Who does not read the layout, as seen on 2026-11-25."""
+    if packing.format.name == "int8_row":
+        yield (
+            "READERS: transformers 5.23 stops at int-quantized experts; jitmoe reads them, and so does the compressor of "
+            "compressed-tensors"
+        )
+
+
 def _ragged(packing: Packing, matrices: Iterable[Matrix]) -> Iterator[str]:
     """What readers do not expect: squares or groups that are not full."""
     square = packing.format.sharing == "square"
@@ -96,5 +105,5 @@ def _ragged(packing: Packing, matrices: Iterable[Matrix]) -> Iterator[str]:
         wrong = "transformers refuses such a matrix, or spreads its scales evenly, which is wrong"
         yield (
             f"RAGGED SIZES: {', '.join(map(str, ragged))}, no multiples of {step}. jitmoe reads squares and groups "
-            f"that are not full; {wrong if square else 'others may refuse them'}"
+            f"that are not full; {wrong if square else 'compressed-tensors refuses them'}"
         )
