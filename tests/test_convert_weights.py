@@ -22,6 +22,7 @@ from shipped import Raw, check_nearest, check_scales, decode, read, read_folder,
 import jitmoe
 from jitmoe.cli import main
 from jitmoe.errors import CheckpointError, CheckpointWriteError, ConfigError
+from jitmoe.files import making_folder
 from jitmoe.hf.shipped.convert import REPORT, convert_weights
 from jitmoe.hf.shipped.families import FAMILIES, MIXTRAL, STACKED_ONLY
 from jitmoe.hf.shipped.names import WrittenFormat
@@ -174,10 +175,11 @@ def modules(tensors: dict[str, Raw]) -> set[str]:
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_what_config_says(weight_format: WrittenFormat, saved: Saved, tmp_path: Path) -> None:
-    convert_weights(saved("deepseek_v3"), tmp_path / "made", weight_format)
+    source = saved("deepseek_v3", tie_word_embeddings=True)  # no tensor is called lm_head
+    convert_weights(source, tmp_path / "made", weight_format)
     config = json.loads((tmp_path / "made/config.json").read_text())
     found = config.pop("quantization_config")
-    assert config == json.loads((saved("deepseek_v3") / "config.json").read_text())
+    assert config == json.loads((source / "config.json").read_text())
     plain = found.pop("modules_to_not_convert" if weight_format == "fp8_block" else "ignore")
     assert set(plain) == modules(read_folder(tmp_path / "made")) | {"lm_head"}
     assert {"model.layers.1.mlp.gate", "model.layers.1.mlp.shared_experts.up_proj"} <= set(plain)
@@ -326,6 +328,12 @@ class TestDestination:
             convert_weights(saved("mixtral"), made)
         assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
+    def test_what_appears_meanwhile_is_left_alone(self, tmp_path: Path) -> None:
+        made = tmp_path / "made"
+        with pytest.raises(FileExistsError, match="made"), making_folder(made):
+            made.mkdir()
+        assert list(tmp_path.rglob("*")) == [made]
+
     def test_inside_the_source(self, copied: Saved) -> None:
         source = copied("mixtral")
         with pytest.raises(CheckpointWriteError, match="lies in the checkpoint"):
@@ -452,12 +460,15 @@ class TestCommand:
         assert jitmoe.hf.convert_weights is convert_weights
 
 
-MEMORY = """
-import resource, sys
+MEMORY = r"""
+import re, sys
+from pathlib import Path
 from jitmoe.hf.shipped.convert import convert_weights
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():
+    # getrusage has the peak of the process that started this one, too.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
-convert_weights(sys.argv[1], sys.argv[2], sys.argv[3])
+convert_weights(*sys.argv[1:])
 print(peak() - before)
 """
 

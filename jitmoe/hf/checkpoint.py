@@ -40,22 +40,6 @@ class Checkpoint:
         stacked = self._slice(name)
         return lambda expert: self._bfloat16(name, stacked[expert])
 
-    def names(self) -> list[str]:
-        """Of all tensors, file by file, in the order in which they lie there."""
-        files = dict.fromkeys(self._files.values())
-        return [name for file in files for name in file.offset_keys() if self._files[name] is file]
-
-    def outline(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The dtype, as safetensors calls it, and the shape."""
-        found = self._slice(name)
-        return found.get_dtype(), tuple(found.get_shape())
-
-    def part(self, name: str, *index: int | slice) -> Tensor:
-        """What ``index`` selects, or the whole tensor without one, in the dtype of the file; nothing else is read."""
-        found = self._slice(name)
-        part: Tensor = found[index] if index else self._files[name].get_tensor(name)
-        return part
-
     def fingerprint(self) -> str:
         """Digest of the files' names, sizes, times of change and headers: other contents have another one."""
         digest = hashlib.sha256()

@@ -4,11 +4,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from jitmoe.errors import CheckpointError
 from jitmoe.hf.shipped.families import PROJECTIONS, Family, Place
 from jitmoe.hf.shipped.source import Source
 
-SOURCE_DTYPES = ("BF16", "F16", "F32")
+SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Of weights that are quantised, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,10 @@ class Matrix:
         place: the projection.
         module: name of its linear module in the checkpoint that is written.
         tensor: name of the tensor that holds it in the one that is read.
+        dtype: of that tensor.
         lead: index of its expert in that tensor, if it is stacked.
-        first: its first row there.
+        first: its first row there, in its expert's part.
+        above: rows above it, those of other experts too.
         out: rows.
         in_: columns.
     """
@@ -28,14 +34,18 @@ class Matrix:
     place: Place
     module: str
     tensor: str
+    dtype: torch.dtype
     lead: tuple[int, ...]
     first: int
+    above: int
     out: int
     in_: int
 
-    def index(self, start: int, stop: int) -> tuple[int | slice, ...]:
-        """Of some of its rows in the tensor."""
-        return (*self.lead, slice(self.first + start, self.first + stop))
+    def rows(self, source: Source, start: int, stop: int) -> Tensor:
+        """Some of its rows, in the dtype of the file; nothing else is read."""
+        row_bytes = self.in_ * self.dtype.itemsize
+        data = source.read(self.tensor, (self.above + start) * row_bytes, (self.above + stop) * row_bytes)
+        return data.view(self.dtype).view(stop - start, self.in_)
 
 
 def find_experts(source: Source, family: Family, expected: int | None) -> dict[str, list[Matrix]]:
@@ -51,12 +61,9 @@ def find_experts(source: Source, family: Family, expected: int | None) -> dict[s
     """
     found: dict[str, list[Matrix]] = {}
     for name, (dtype, shape) in source.outlines.items():
-        matrices = list(_matrices(family, name, shape))
-        if not matrices:
-            continue
-        if dtype not in SOURCE_DTYPES:
-            raise CheckpointError(f"{name} is {dtype}, and experts are quantised from {', '.join(SOURCE_DTYPES)}")
-        found[name] = matrices
+        matrices = list(_matrices(family, name, dtype, shape))
+        if matrices:
+            found[name] = matrices
     if not found:
         example = family.module("model.layers.0." + family.block, 0, "gate_proj")
         raise CheckpointError(f"{source.folder} has no experts: no tensor has a name like {example}.weight")
@@ -64,16 +71,17 @@ def find_experts(source: Source, family: Family, expected: int | None) -> dict[s
     return found
 
 
-def _matrices(family: Family, name: str, shape: tuple[int, ...]) -> Iterator[Matrix]:
+def _matrices(family: Family, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[Matrix]:
     """What the tensor holds of experts."""
     place = family.place_of(name)
     if place is not None:
-        _check_dimensions(name, shape, 2)
-        yield Matrix(place, family.module(place.block, place.expert, place.projection), name, (), 0, *shape)
+        weights, (out, in_) = _checked(name, dtype, shape, 2), shape
+        module = family.module(place.block, place.expert, place.projection)
+        yield Matrix(place, module, name, weights, (), 0, 0, out, in_)
     stacked = family.stacked_place_of(name)
     if stacked is None:
         return
-    _check_dimensions(name, shape, 3)
+    weights = _checked(name, dtype, shape, 3)
     block, projections = stacked
     experts, rows, in_ = shape
     if rows % len(projections):
@@ -81,13 +89,17 @@ def _matrices(family: Family, name: str, shape: tuple[int, ...]) -> Iterator[Mat
     out = rows // len(projections)
     for expert in range(experts):
         for part, projection in enumerate(projections):
-            module = family.module(block, expert, projection)
-            yield Matrix(Place(block, expert, projection), module, name, (expert,), part * out, out, in_)
+            found = Place(block, expert, projection)
+            module, first = family.module(block, expert, projection), part * out
+            yield Matrix(found, module, name, weights, (expert,), first, expert * rows + first, out, in_)
 
 
-def _check_dimensions(name: str, shape: tuple[int, ...], wanted: int) -> None:
+def _checked(name: str, dtype: str, shape: tuple[int, ...], wanted: int) -> torch.dtype:
+    if dtype not in SOURCE_DTYPES:
+        raise CheckpointError(f"{name} is {dtype}, and experts are quantised from {', '.join(SOURCE_DTYPES)}")
     if len(shape) != wanted or 0 in shape:
         raise CheckpointError(f"{name} has the shape {list(shape)}, and {wanted} dimensions, none of 0, are expected")
+    return SOURCE_DTYPES[dtype]
 
 
 def _check_complete(matrices: list[Matrix], expected: int | None) -> None:

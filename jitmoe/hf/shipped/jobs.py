@@ -1,6 +1,5 @@
 """The two things that are done to a tensor of a checkpoint: it is copied, or quantised. Both go part by part."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -42,13 +41,9 @@ class Copy:
 
     def run(self, source: Source, append: Append) -> None:
         """Hand on the tensor."""
-        shape = self.entry.shape
-        if not shape:
-            append(self.entry.name, source.read(self.source))
-            return
-        rows = max(1, COPIED_BYTES // max(1, math.prod(shape[1:]) * self.entry.item_bytes))
-        for start in range(0, shape[0], rows):
-            append(self.entry.name, source.read(self.source, slice(start, min(start + rows, shape[0]))))
+        size = self.entry.nbytes
+        for start in range(0, size, COPIED_BYTES):
+            append(self.entry.name, source.read(self.source, start, min(start + COPIED_BYTES, size)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Quantize:
         """
         matrix, loss = self.matrix, Loss()
         for start, stop in self._bands():
-            band = source.read(matrix.tensor, *matrix.index(start, stop))
+            band = matrix.rows(source, start, stop)
             self._check(band, start)
             quantized, lost = quantize_matrix(self.packing, band)
             append(self._name(self.layout.values), quantized.values)

@@ -91,8 +91,8 @@ def _readers(packing: Packing) -> Iterator[str]:
     """Who does not read the layout, as seen on 2026-11-25."""
     if packing.format.name == "int8_row":
         yield (
-            "READERS: transformers 5.23 stops at int-quantized experts; jitmoe reads them, and so does the compressor of "
-            "compressed-tensors"
+            "READERS: transformers 5.23 stops at int-quantized experts; jitmoe reads them, and so does the compressor "
+            "of compressed-tensors"
         )
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
 from jitmoe.errors import CheckpointError
-from jitmoe.hf.checkpoint import Checkpoint
 from jitmoe.hf.shipped.names import QUANTIZED_KEYS, QUANTIZED_SUFFIXES
+from jitmoe.hf.shipped.tensor_file import TensorFile
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -47,24 +47,19 @@ class Source:
             if key in self.config or key in text:
                 raise CheckpointError(f"the weights in {folder} are quantised: {CONFIG} has a {key}. Take the original")
         places = _places(folder)
-        try:
-            self._checkpoint = Checkpoint(str(folder / name) for name in sorted(set(places.values())))
-            self.outlines = {name: self._checkpoint.outline(name) for name in self._checkpoint.names()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the checkpoint in {folder} cannot be read: {error}") from error
+        files = [TensorFile(folder / name) for name in sorted(set(places.values()))]
+        self.outlines = {name: outline for file in files for name, outline in file.outlines.items()}
+        self._files = {name: file for file in files for name in file.outlines}
         self._check(places)
         self.companions, self.left_out = _companions(folder, set(places.values()))
 
-    def read(self, name: str, *index: int | slice) -> Tensor:
-        """A part of a tensor in the dtype of the file.
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes ``start`` to ``stop`` of a tensor, as uint8.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
-        try:
-            return self._checkpoint.part(name, *index)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name} in {self.folder} cannot be read: {error}") from error
+        return torch.frombuffer(self._files[name].read(name, start, stop), dtype=torch.uint8)
 
     def _check(self, places: dict[str, str]) -> None:
         for name, file in places.items():
