@@ -57,7 +57,7 @@ def convert_weights(
 
     Routed experts become FP8 as DeepSeek ships it, or "pack-quantized" or "int-quantized" of compressed-tensors, one
     tensor for each expert; every other tensor keeps its bytes. No model is made. What is in memory at once is the
-    list of tensors and some 2 million weights, about 100 MB beside Python and torch, whatever the size of the model.
+    list of tensors and some rows of one matrix, about 100 MB beside Python and torch, whatever the size of the model.
 
     Args:
         src: folder with config.json and safetensors files; links are followed.
