@@ -401,6 +401,16 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "says that lost is in a.safetensors, and it is not",
     ),
+    "twice": (
+        lambda p: (
+            shutil.copy(p / "model.safetensors", p / "b.safetensors"),
+            (p / "model.safetensors").rename(p / "a.safetensors"),
+            (p / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}}'
+            ),
+        ),
+        r"is in .*a\.safetensors and in .*b\.safetensors",
+    ),
     "dangling link": (lambda p: (p / "tokenizer.json").symlink_to("nowhere"), "tokenizer.json is no regular file"),
     "no folder": (shutil.rmtree, "is no folder"),
 }  # fmt: skip

@@ -48,8 +48,13 @@ class Source:
                 raise CheckpointError(f"the weights in {folder} are quantised: {CONFIG} has a {key}. Take the original")
         places = _places(folder)
         files = [TensorFile(folder / name) for name in sorted(set(places.values()))]
-        self.outlines = {name: outline for file in files for name, outline in file.outlines.items()}
-        self._files = {name: file for file in files for name in file.outlines}
+        self.outlines: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._files: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.outlines.keys() & self.outlines.keys():
+                raise CheckpointError(f"{name} is in {self._files[name].path} and in {file.path}: keep one of the two")
+            self.outlines |= file.outlines
+            self._files |= dict.fromkeys(file.outlines, file)
         self._check(places)
         self.companions, self.left_out = _companions(folder, set(places.values()))
 
