@@ -5,6 +5,8 @@
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
+# Processes that share the tests, file by file; each takes 2 GB and two threads.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
@@ -17,7 +19,7 @@ demo: setup compiler
 	$(BIN)/python examples/finetune.py
 
 test: setup compiler
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 	@echo "The slow tests (full sizes, many processes) run with: make test-slow"
 
 test-slow: setup compiler

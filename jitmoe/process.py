@@ -10,8 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 IMPORT_SECONDS = 30.0
 """Longest wait of a fork for the imports of other threads, which may wait for something themselves."""
@@ -67,21 +65,19 @@ class _Calls:
         cls.condition.release()
 
 
-@contextmanager
-def compiled_call() -> Iterator[None]:
+class compiled_call:  # noqa: N801 - a context manager, as small as can be: every call of a layer enters some
     """A call of compiled code, which may have to be compiled first: no fork comes into its middle.
 
     Ctrl-C inside comes as SystemError with the interrupt as its cause; who called sees the interrupt.
     """
-    _Calls.change(1)
-    try:
-        yield
-    except SystemError as error:
-        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    finally:
+
+    def __enter__(self) -> None:
+        _Calls.change(1)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         _Calls.change(-1)
+        if isinstance(error, SystemError) and isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
 
 
 os.register_at_fork(before=_wait_for_imports, after_in_child=_begin_child)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import build_kernels, case_named, layer_of, same_bits, usable_isas
 from torch import Tensor
+from torch.autograd import forward_ad
 from yardstick import Case, make_inputs, results_of_layer
 
 from jitmoe.errors import TransformError
@@ -99,3 +100,10 @@ def test_other_transforms_are_refused_in_words(transform: str) -> None:
     apply, words = REFUSED[transform]
     with pytest.raises(TransformError, match=words):
         apply(*transformed(make_inputs(case_named("small"))))
+
+
+def test_a_tangent_of_forward_mode_is_not_dropped() -> None:
+    inputs = make_inputs(case_named("small"))
+    layer = layer_of(inputs, ISA).requires_grad_(False)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        layer(forward_ad.make_dual(inputs.x, inputs.x), inputs.topk_ids, inputs.weights)

@@ -26,7 +26,7 @@ MAY_USE = {
     "torch": {"oracle", "experts", "distributed", "hf", "bench", "inspect"},
     "numba": {"host"},
     "ctypes": {"jit.kernels", "jit.library", "jit.programs"},
-    "subprocess": {"jit.toolchain"},
+    "subprocess": {"jit.toolchain", "bench.revisions"},
     "llvmlite": {"jit.cpu"},
     "filelock": {"files", "jit.cache"},
     "platformdirs": {"jit.location"},

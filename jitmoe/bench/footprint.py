@@ -123,7 +123,7 @@ def _has_a_name(kind: str, name: str) -> bool:
     """Whether a user would name this tensor of a plan; the others are working memory."""
     return (
         kind in ("packed weight", "parameter", "gradient", "result")
-        or name in ("gate.saved", "up.saved")
+        or name.endswith((".saved", ".saved_u"))
         or name.startswith("new ")
     )
 
@@ -251,7 +251,7 @@ def footprint_table(footprints: Sequence[Footprint]) -> str:
         f"{table(rows)}\n"
         f"Neither figure has what the caller made before: {', '.join(CALLER)}. Gradients of a former call are beside\n"
         "the new ones. Planned scratch is that of the worst routing.\n"
-        "beyond: measured, less weights, parameters, all gradients, out, and gate and up saved.\n"
+        "beyond: measured, less weights, parameters, all gradients, out, and what forward saved.\n"
         "unplanned: measured, less the plan with the scratch of the routing at hand."
     )
 

@@ -53,6 +53,11 @@ class Phases:
         """Median seconds of a part of the call."""
         return statistics.median(self.seconds[pass_name][step])
 
+    def lora_share(self, pass_name: str) -> float:
+        """What LoRA takes of the call, against the layer without it in the same rounds."""
+        whole = sum(self.median(pass_name, step) for step in STEPS)
+        return statistics.median(self.beside[pass_name][LORA]) / whole
+
 
 def measure_phases(workload: Workload, isa: str, repeat: int) -> Phases:
     """Run the layer and a twin without LoRA ``repeat`` times each, interleaved.

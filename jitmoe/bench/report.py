@@ -105,6 +105,7 @@ def _measurement_json(measurement: Measurement, outcome: Outcome) -> dict[str, A
         "bytes": measurement.work.nbytes,
         "flops": measurement.flops,
         "roofline_share": measurement.roofline_share(outcome.rates()),
+        "least_seconds": measurement.roofline_share(outcome.rates()) * measurement.median,
         "peak_bytes": measurement.peak,
         "scratch_bytes": measurement.scratch,
         "time_over": dict(measurement.ratios),

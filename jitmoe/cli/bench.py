@@ -84,13 +84,23 @@ def bench(
         typer.Option("--targets", help="all targets beside what this machine reaches; takes 10 to 30 minutes"),
     ] = False,
     sweep: Annotated[Axis | None, typer.Option(help="cost along one axis")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures there")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--record", "--json", metavar="FILE", help="write all figures there, with the commit")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="what is slower than before: a file of --record, judged by the ceilings of each run; or a revision of "
+            "git, whose tree is measured in turn with this one",
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="write a PNG: the roofline, or the sweep")] = None,
 ) -> None:
     """Measure the layer beside this machine's ceilings and peers."""
     modes = {"phases": phases, "predict": predict, "memory": memory, "loading": loading, "targets": targets}
-    mode = _mode({**modes, "sweep": bool(sweep)})
-    from jitmoe.bench import machine, report
+    mode = _mode({**modes, "sweep": bool(sweep), "against": bool(against)})
+    from jitmoe.bench import machine, report, revisions
     from jitmoe.bench.contenders import refuse_watching
     from jitmoe.bench.measure import Options
     from jitmoe.bench.peers import choose_peers
@@ -105,7 +115,9 @@ def bench(
     sizes = (num_experts, hidden_size, intermediate_size, top_k, lora_rank, tokens)
     own = {field: size for field, size in zip(SIZES, sizes, strict=True) if size is not None}
     chosen = _workloads(workloads or [], own, zipf, mode)
-    run = Run([w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot, gigabytes)
+    run = Run(
+        [w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot, gigabytes, against
+    )
     _check_one_isa(mode, run.workloads, options.isas)
     _check_files(mode, json_file, plot)
     machine.use_threads(threads)
@@ -113,6 +125,7 @@ def bench(
     print(report.machine_lines(facts))
     result = MODES[mode](run)
     if json_file:
+        facts["commit"] = revisions.commit()
         json_file.write_text(json.dumps({"machine": facts, **result}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -156,7 +169,7 @@ def _check_files(mode: str, json_file: Path | None, plot: Path | None) -> None:
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")
     if plot:
-        if mode in ("phases", "predict", "memory", "loading"):
+        if mode in ("phases", "predict", "memory", "loading", "against"):
             raise BenchError(f"--plot draws a roofline or a sweep; --{mode} has no picture")
         from jitmoe.bench.plot import require_matplotlib
 

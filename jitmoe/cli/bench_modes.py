@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jitmoe.bench import loading, machine, plot, report
+from jitmoe.bench import history, loading, machine, plot, report
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.footprint import footprint_json, footprint_table, measure_footprints
 from jitmoe.bench.measure import Options, compare
 from jitmoe.bench.phases import measure_phases, phases_json, phases_table
 from jitmoe.bench.predict import check_table, prediction_table
+from jitmoe.bench.revisions import compare_with
 from jitmoe.bench.sweep import run_sweep, sweep_json, sweep_table
 from jitmoe.bench.targets import judge_targets, measure_workloads, targets_json, targets_table
 from jitmoe.jit import cpu
@@ -19,7 +20,7 @@ from jitmoe.oracle.workloads import W6, WORKLOADS, Workload
 
 @dataclass(frozen=True)
 class Run:
-    """What the user asked for: ``axis`` of a sweep, file of a ``plot``, ``gigabytes`` of a model to load."""
+    """What the user asked for: ``axis`` of a sweep, file of a ``plot``, ``gigabytes`` to load, ``against`` what."""
 
     workloads: list[Workload]
     options: Options
@@ -28,6 +29,7 @@ class Run:
     axis: str | None
     plot: Path | None
     gigabytes: float
+    against: str | None = None
 
     @property
     def title(self) -> str:
@@ -89,6 +91,21 @@ def _sweep(run: Run) -> dict[str, Any]:
     return {"sweep": sweep_json(sweep)}
 
 
+def _against(run: Run) -> dict[str, Any]:
+    assert run.against is not None
+    if Path(run.against).is_file():
+        record = history.read_record(Path(run.against))
+        options, ceilings = replace(run.options, peers=()), Ceilings(run.threads)
+        outcomes = [compare(workload, options, ceilings) for workload in run.workloads]
+        changes, before = history.compare_with_record(record, outcomes), "over the roofline before"
+    else:
+        changes, before = [], f"{run.against}, s"
+        for isa in run.options.isas:
+            changes += compare_with(run.against, run.workloads, isa, run.threads, run.options.repeat)
+    print(f"\n{history.changes_table(changes, before)}")
+    return {"changes": history.changes_json(changes)}
+
+
 def _predict(run: Run) -> dict[str, Any]:
     ceilings = Ceilings(run.threads)
     outcomes = [compare(workload, replace(run.options, peers=()), ceilings) for workload in run.workloads]
@@ -104,4 +121,5 @@ MODES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "loading": _loading,
     "sweep": _sweep,
     "predict": _predict,
+    "against": _against,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -217,7 +218,9 @@ def _checked(config: MoEConfig, adapters: Adapters | FusedAdapters) -> list[Tens
     for name, tensor in zip(names_of(lora), lora, strict=True):
         check_plain(name, tensor)
     rank = lora[0].shape[1] if lora[0].dim() == 3 else 0
-    for (name, shape), tensor in zip(_shapes(config, adapters, max(rank, 1)).items(), lora, strict=True):
+    sizes = (config.num_experts, config.hidden_size, config.intermediate_size)
+    shapes = _shapes(*sizes, max(rank, 1), isinstance(adapters, FusedAdapters))
+    for (name, shape), tensor in zip(shapes.items(), lora, strict=True):
         if tensor.dtype not in FLOATS or tensor.dtype != lora[0].dtype:
             raise InputTypeError(
                 f"{name} must be float32 or bfloat16 like the other LoRA parameters, got {tensor.dtype}"
@@ -229,10 +232,10 @@ def _checked(config: MoEConfig, adapters: Adapters | FusedAdapters) -> list[Tens
     return lora
 
 
-def _shapes(config: MoEConfig, adapters: Adapters | FusedAdapters, rank: int) -> dict[str, tuple[int, ...]]:
-    experts, hidden, intermediate = config.num_experts, config.hidden_size, config.intermediate_size
+@lru_cache(maxsize=256)
+def _shapes(experts: int, hidden: int, intermediate: int, rank: int, fused: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {**lora_shapes(hidden, intermediate, experts, rank)}
-    if isinstance(adapters, Adapters):
+    if not fused:
         return shapes
     gate_up = {"gate_up_lora_a": (experts, rank, hidden), "gate_up_lora_b": (experts, 2, intermediate, rank)}
     return {name: (shapes | gate_up)[name] for name in FUSED_NAMES}

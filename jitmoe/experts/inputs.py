@@ -32,11 +32,11 @@ def check_plain(name: str, tensor: Any) -> None:
         InputTypeError: no tensor, or of a subclass, whose address may be none (DTensor, quantised tensors).
         InputError: nested, or its storage was freed.
     """
+    kind = type(tensor)
     if not isinstance(tensor, Tensor):
-        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {kind.__name__}")
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return
-    kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         raise InputTypeError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor whose memory a kernel "
@@ -44,12 +44,15 @@ def check_plain(name: str, tensor: Any) -> None:
         )
     if tensor.is_nested:
         raise InputError(f"{name} is a nested tensor; pass a dense one, one row for each token")
-    if tensor.device.type == "cpu" and tensor.layout == torch.strided and _was_freed(tensor):
+    if tensor.layout == torch.strided and not tensor._is_zerotensor() and _was_freed(tensor):
         raise InputError(f"{name} has {tensor.numel()} elements and no memory: its storage was freed, as FSDP does")
 
 
 def _was_freed(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and not tensor._is_zerotensor() and not tensor.untyped_storage().nbytes()
+    # Asked first because it is quick. Behind a freed storage a view with an offset has an address too.
+    if tensor.data_ptr() and not tensor.storage_offset():
+        return False
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
 def in_memory(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:

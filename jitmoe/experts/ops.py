@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from jitmoe.errors import InputError, InputTypeError, TransformError, WeightsChangedError
@@ -71,18 +72,23 @@ def apply(
 
     Arguments as of the operator; the leading dimensions of x, topk_ids and weights are any.
     """
+    tensors = _flat(x, topk_ids, weights)
     if torch.compiler.is_compiling():
-        out: Tensor = experts(*_flat(x, topk_ids, weights), base, lora, spec, scale, saves)[0]
+        out: Tensor = experts(*tensors, base, lora, spec, scale, saves)[0]
         return out.reshape(x.shape)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func is at work
     with memory_errors():
-        arguments = (*_flat(x, topk_ids, weights), base, spec, scale, saves, *lora)
+        if not (saves or transformed or forward_ad._current_level >= 0):
+            # No gradient of any kind is wanted: torch's machinery would take a fifth of a small call's time.
+            return passes.forward(*tensors, base, lora, spec, scale, saves)[0].reshape(x.shape)
+        arguments = (*tensors, base, spec, scale, saves, *lora)
         out = TransformedExperts.apply(*arguments)[0] if transformed else Experts.apply(*arguments)  # type: ignore[no-untyped-call]
         return out.reshape(x.shape)
 
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+def _flat(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, topk_ids, weights = (tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
+    return x, topk_ids, weights
 
 
 class Experts(torch.autograd.Function):

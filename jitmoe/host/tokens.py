@@ -81,6 +81,7 @@ def sum_rows(
                 out[token, first + c] += values[row, c]
 
 
+@functools.cache
 def gather_rows_address() -> int:
     """Address of ``gather_rows`` for C; compiled at first use, or read from Numba's cache on disk.
 
@@ -91,6 +92,7 @@ def gather_rows_address() -> int:
     return int(compile_callback(_gather_rows_at, _GATHER_ROWS).address)
 
 
+@functools.cache
 def sum_rows_address() -> int:
     """Address of ``sum_rows`` for C; compiled at first use, or read from Numba's cache on disk.
 

@@ -115,6 +115,10 @@ def plan_groups(
         group_bytes: bytes that the panels may take; :data:`GROUP_BYTES` where not given.
     """
     limit = group_limit(m_step, row_bytes, GROUP_BYTES if group_bytes is None else group_bytes)
+    counts = np.diff(offsets)
+    blocks_of = -(-counts // m_step)
+    if counts.size and int(blocks_of.sum()) * m_step <= limit:
+        return _one_group(active, offsets, counts, blocks_of)
     segments: list[tuple[int, int, int, int]] = []
     bounds = [0]
     rows = blocks = most_rows = most_blocks = 0
@@ -139,3 +143,15 @@ def plan_groups(
         most_blocks,
         max((count for _, _, count, _ in segments), default=0),
     )
+
+
+def _one_group(
+    active: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.int64],
+) -> Groups:
+    """A segment for each expert, all in one group: what small calls come to, where a loop in Python would show."""
+    segments = np.stack((active, offsets[:-1], counts, np.cumsum(blocks) - blocks), axis=1)
+    bounds = np.array([0, counts.size])
+    return Groups(segments, bounds, int(offsets[-1]), int(blocks.sum()), int(counts.max()))
