@@ -14,19 +14,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from checkpoint_decoder import Raw, check_nearest, check_scales, decode, read, read_folder, value_bytes
 from families import config_of, eager_model, tokens
 from helpers import killed_at, same_bits
 from safetensors.torch import load_file, save_file
-from shipped import Raw, check_nearest, check_scales, decode, read, read_folder, value_bytes
 
 import jitmoe
 from jitmoe.cli import main
 from jitmoe.errors import CheckpointError, CheckpointWriteError, ConfigError
 from jitmoe.files import making_folder
-from jitmoe.hf.shipped.convert import REPORT, convert_weights
-from jitmoe.hf.shipped.families import FAMILIES, MIXTRAL, STACKED_ONLY
-from jitmoe.hf.shipped.names import WrittenFormat
-from jitmoe.hf.shipped.plan import Plan
+from jitmoe.hf.quantizing.convert import REPORT, convert_weights
+from jitmoe.hf.quantizing.families import FAMILIES, MIXTRAL, STACKED_ONLY
+from jitmoe.hf.quantizing.names import WrittenFormat
+from jitmoe.hf.quantizing.plan import Plan
 
 FORMATS: tuple[WrittenFormat, ...] = get_args(WrittenFormat)
 
@@ -130,8 +130,8 @@ def test_parts_of_tensors_make_the_same_files(
 ) -> None:
     """Large matrices are read and quantised some rows at a time."""
     convert_weights(saved("qwen3_moe"), tmp_path / "whole", weight_format)
-    monkeypatch.setattr("jitmoe.hf.shipped.jobs.WEIGHTS_AT_ONCE", 1)
-    monkeypatch.setattr("jitmoe.hf.shipped.jobs.COPIED_BYTES", 1000)
+    monkeypatch.setattr("jitmoe.hf.quantizing.jobs.WEIGHTS_AT_ONCE", 1)
+    monkeypatch.setattr("jitmoe.hf.quantizing.jobs.COPIED_BYTES", 1000)
     whole = convert_weights(saved("qwen3_moe"), tmp_path / "parts", weight_format)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == other and whole.losses["up_proj"].rms > 0
@@ -473,7 +473,7 @@ class TestCommand:
 MEMORY = r"""
 import re, sys
 from pathlib import Path
-from jitmoe.hf.shipped.convert import convert_weights
+from jitmoe.hf.quantizing.convert import convert_weights
 def peak():
     # getrusage has the peak of the process that started this one, too.
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])

@@ -11,14 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import jitmoe
 from jitmoe.bench import worker
 from jitmoe.bench.history import Change, change
 from jitmoe.errors import BenchError
 from jitmoe.oracle.workloads import FORWARD, TRAINING, Workload
 from jitmoe.progress import track
 
-HERE = Path(jitmoe.__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 """The folder that holds this package."""
 
 Times = tuple[float, float]

@@ -5,13 +5,15 @@ layer, prints ``ready``, and for each line that it reads one line with the secon
 backward.
 """
 
+import importlib
 import json
 import sys
 import time
 
 import torch
 
-import jitmoe
+# Of whichever tree is on the path, whose wings may be others: the package alone has names that stay.
+jitmoe = importlib.import_module("jitmoe")
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def _layer(sizes: dict[str, int | str], generator: torch.Generator) -> torch.nn.
         top_k=int(sizes["top_k"]),
         lora_rank=int(sizes["rank"]),
         lora_alpha=16.0,
-        isa=str(sizes["isa"]),  # type: ignore[arg-type]
+        isa=str(sizes["isa"]),
     )
 
     def matrices(out: int, in_: int) -> list[torch.Tensor]:

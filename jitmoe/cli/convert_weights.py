@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jitmoe.hf.shipped.names import WrittenFormat
+from jitmoe.hf.quantizing.names import WrittenFormat
 
 
 def convert_weights(
@@ -16,8 +16,8 @@ def convert_weights(
     max_shard_size: Annotated[int, typer.Option(metavar="BYTES", help="of tensors in a file")] = 2_000_000_000,
 ) -> None:
     """Quantise the experts of a checkpoint, in a layout that others read too. Everything else is copied."""
-    from jitmoe.hf.shipped.convert import write
-    from jitmoe.hf.shipped.plan import Plan
+    from jitmoe.hf.quantizing.convert import write
+    from jitmoe.hf.quantizing.plan import Plan
 
     plan = Plan(source, weight_format, group_size, max_shard_size)
     print(plan, flush=True)

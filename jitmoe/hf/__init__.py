@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jitmoe.hf.loading import from_pretrained
     from jitmoe.hf.models import pack, unpack
+    from jitmoe.hf.quantizing.convert import convert_weights
     from jitmoe.hf.registry import register
     from jitmoe.hf.reporting import report
-    from jitmoe.hf.shipped.convert import convert_weights
 
 __all__ = ["convert_weights", "from_pretrained", "pack", "register", "report", "unpack"]
 
 _LAZY = {
-    "convert_weights": "jitmoe.hf.shipped.convert",
+    "convert_weights": "jitmoe.hf.quantizing.convert",
     "from_pretrained": "jitmoe.hf.loading",
     "pack": "jitmoe.hf.models",
     "register": "jitmoe.hf.registry",

@@ -8,13 +8,13 @@ from pathlib import Path
 from jitmoe.errors import CheckpointWriteError, JitmoeError
 from jitmoe.experts.quantize import Loss
 from jitmoe.files import making_folder
-from jitmoe.hf.shipped.families import Projection
-from jitmoe.hf.shipped.jobs import Job, Quantize
-from jitmoe.hf.shipped.loss import Losses, ProjectionLoss, loss_json, loss_table
-from jitmoe.hf.shipped.names import WrittenFormat
-from jitmoe.hf.shipped.plan import SHARD_BYTES, Plan
-from jitmoe.hf.shipped.source import CONFIG
-from jitmoe.hf.shipped.write import copy_files, write_index, write_json, write_shard
+from jitmoe.hf.quantizing.families import Projection
+from jitmoe.hf.quantizing.jobs import Job, Quantize
+from jitmoe.hf.quantizing.loss import Losses, ProjectionLoss, loss_json, loss_table
+from jitmoe.hf.quantizing.names import WrittenFormat
+from jitmoe.hf.quantizing.plan import SHARD_BYTES, Plan
+from jitmoe.hf.quantizing.source import CONFIG
+from jitmoe.hf.quantizing.write import copy_files, write_index, write_json, write_shard
 from jitmoe.progress import counted
 from jitmoe.text import size
 from jitmoe.version import __version__

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from jitmoe.errors import ConfigError
 from jitmoe.formats import GROUP_SIZES, SQUARE, Packing, packing_of
-from jitmoe.hf.shipped.entries import Entry
-from jitmoe.hf.shipped.experts import Matrix, find_experts
-from jitmoe.hf.shipped.families import expert_count, family_of
-from jitmoe.hf.shipped.jobs import Copy, Job, Quantize
-from jitmoe.hf.shipped.names import CONFIG_KEY, HEAD, LAYOUTS, WrittenFormat, quantization_config
-from jitmoe.hf.shipped.shards import plan_shards
-from jitmoe.hf.shipped.source import Source
+from jitmoe.hf.quantizing.entries import Entry
+from jitmoe.hf.quantizing.experts import Matrix, find_experts
+from jitmoe.hf.quantizing.families import expert_count, family_of
+from jitmoe.hf.quantizing.jobs import Copy, Job, Quantize
+from jitmoe.hf.quantizing.names import CONFIG_KEY, HEAD, LAYOUTS, WrittenFormat, quantization_config
+from jitmoe.hf.quantizing.shards import plan_shards
+from jitmoe.hf.quantizing.source import Source
 from jitmoe.text import size
 
 SHARD_BYTES = 2_000_000_000

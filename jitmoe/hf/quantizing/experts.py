@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from jitmoe.errors import CheckpointError
-from jitmoe.hf.shipped.families import PROJECTIONS, Family, Place
-from jitmoe.hf.shipped.source import Source
+from jitmoe.hf.quantizing.families import PROJECTIONS, Family, Place
+from jitmoe.hf.quantizing.source import Source
 
 SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Of weights that are quantised, by safetensors' names."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from jitmoe.errors import CheckpointError
 from jitmoe.experts.quantize import Loss, nonfinite, quantize_matrix
 from jitmoe.formats import SQUARE, Packing
-from jitmoe.hf.shipped.entries import Entry
-from jitmoe.hf.shipped.experts import Matrix
-from jitmoe.hf.shipped.names import Layout, scale_shape
-from jitmoe.hf.shipped.source import Source
+from jitmoe.hf.quantizing.entries import Entry
+from jitmoe.hf.quantizing.experts import Matrix
+from jitmoe.hf.quantizing.names import Layout, scale_shape
+from jitmoe.hf.quantizing.source import Source
 
 COPIED_BYTES = 1 << 24
 """Bytes that are copied at a time."""

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jitmoe.hf.shipped.entries import Entry
-from jitmoe.hf.shipped.jobs import Job
-from jitmoe.hf.shipped.source import SINGLE
+from jitmoe.hf.quantizing.entries import Entry
+from jitmoe.hf.quantizing.jobs import Job
+from jitmoe.hf.quantizing.source import SINGLE
 
 
 @dataclass(frozen=True)

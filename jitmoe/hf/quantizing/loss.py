@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jitmoe.experts.quantize import Loss
-from jitmoe.hf.shipped.families import PROJECTIONS, Projection
+from jitmoe.hf.quantizing.families import PROJECTIONS, Projection
 from jitmoe.text import table
 
 

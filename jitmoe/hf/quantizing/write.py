@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from jitmoe.experts.quantize import Loss
-from jitmoe.hf.shipped.jobs import Job
-from jitmoe.hf.shipped.shards import Shard
-from jitmoe.hf.shipped.source import INDEX, Source
+from jitmoe.hf.quantizing.jobs import Job
+from jitmoe.hf.quantizing.shards import Shard
+from jitmoe.hf.quantizing.source import INDEX, Source
 
 
 class Appender:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jitmoe.errors import CheckpointError
-from jitmoe.hf.shipped.names import QUANTIZED_KEYS, QUANTIZED_SUFFIXES
-from jitmoe.hf.shipped.tensor_file import TensorFile
+from jitmoe.hf.quantizing.names import QUANTIZED_KEYS, QUANTIZED_SUFFIXES
+from jitmoe.hf.tensor_file import TensorFile
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
