@@ -54,7 +54,7 @@ def _layer(sizes: dict[str, int | str], generator: torch.Generator) -> torch.nn.
         return [(torch.randn(out, in_, generator=generator) / in_**0.5).bfloat16() for _ in range(experts)]
 
     gate, up = matrices(intermediate, hidden), matrices(intermediate, hidden)
-    layer = jitmoe.MoELayer(config, gate, up, matrices(hidden, intermediate))
+    layer: torch.nn.Module = jitmoe.MoELayer(config, gate, up, matrices(hidden, intermediate))
     with torch.no_grad():
         for parameter in layer.parameters():  # with B at zero, LoRA would be no ordinary work
             parameter.normal_(generator=generator).mul_(0.02)
