@@ -36,7 +36,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 1000;  // 20 to 50 microseconds
+  static constexpr int kSpins = 200;  // 5 to 10 microseconds
 
   void futex(int operation, uint32_t value) {
     static_assert(sizeof(round_) == sizeof(uint32_t), "the system reads the counter where it lies");
