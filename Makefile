@@ -2,6 +2,7 @@
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
 # make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
+# make fuzz      random sequences of calls and random bytes, for long; make soak: thousands of steps, for leaks
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize faults mutants check format setup clean compiler
+.PHONY: demo test test-slow sanitize faults fuzz soak mutants check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -34,6 +35,13 @@ sanitize: setup compiler
 
 faults: setup compiler
 	$(BIN)/python tests/faults.py -q -m "not slow"
+
+EXAMPLES := 500
+fuzz: setup compiler
+	$(BIN)/python -m pytest -m slow --examples $(EXAMPLES) tests/test_fuzz_calls.py tests/test_fuzz_readers.py
+
+soak: setup compiler
+	$(BIN)/python -m pytest -m slow tests/test_soak.py
 
 # Some: python tests/mutants.py NAME ...
 mutants: setup compiler

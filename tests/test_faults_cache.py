@@ -181,9 +181,7 @@ def test_no_room_at_every_step_of_publishing(cold_cache: Path) -> None:
 
 
 MOUNTS = pytest.mark.skipif(
-    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0
-    if shutil.which("unshare")
-    else True,
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0 if shutil.which("unshare") else True,
     reason="this user cannot mount a file system of its own",
 )
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import build_kernels, case_named, config_of, different, on_threads, same_bits, set_lora, usable_isas
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from quantized import BASES, decoded, options_of, packing_named, quantized_base
 from test_threads import in_forked_child, in_threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from yardstick import Case, Inputs, Results, check, make_inputs
+from yardstick import Case, Inputs, Results, make_inputs, results_of_reference
 
 import jitmoe
 from jitmoe import MoELayer
@@ -28,6 +28,7 @@ from jitmoe.errors import JitmoeError
 from jitmoe.experts.observer import observing
 from jitmoe.inspect.checked import Checker
 from jitmoe.isa import ISAS
+from jitmoe.oracle import yardstick
 from jitmoe.oracle.reference import LoraTensors
 
 ISA = usable_isas()[0]
@@ -67,9 +68,12 @@ class Drawn:
 
 
 FLOATS = st.sampled_from((torch.bfloat16, torch.float32))
+LEAST_TOKENS = 70
+"""Of a call that is judged by the oracle: errors of fewer are few draws, and luck. Bits are compared of all."""
+
 CALLS = st.builds(
     Drawn,
-    tokens=st.sampled_from((1, 2, 7, 40)),
+    tokens=st.sampled_from((1, 5, 24, 70, 70)),
     routing=st.sampled_from(("random", "one_expert", "duplicates", "skipped_slots")),
     seed=st.integers(0, 2),
     x_dtype=FLOATS,
@@ -170,6 +174,13 @@ def through_a_copy(machine: "Calls") -> MoELayer:
 TRIPS = (through_state, through_lora_state, through_a_file, through_a_copy)
 
 
+def judge(found: Results, inputs: Inputs) -> None:
+    """Hold to the error rule, with the adapters that the layer has now."""
+    oracle, plain = (results_of_reference(inputs, dtype) for dtype in (torch.float64, torch.bfloat16))
+    verdicts = yardstick.judge(found, inputs, oracle, plain, yardstick.errors_of_redraws(inputs))
+    assert not any(verdict.fault or verdict.doubt for verdict in verdicts), "\n".join(map(str, verdicts))
+
+
 class Calls(RuleBasedStateMachine):
     """One layer, and what it should hold."""
 
@@ -206,7 +217,7 @@ class Calls(RuleBasedStateMachine):
         lora = {name: parameter.detach().clone() for name, parameter in self.layer.named_parameters()}
         return replace(
             make_inputs(drawn.of(case)),
-            case=replace(drawn.of(case), seed=0),  # whose redraws are kept
+            case=drawn.of(case),
             **{name: base[name] for name in BASES},
             biases=make_inputs(case).biases,
             lora=LoraTensors(**lora) if lora else None,
@@ -215,8 +226,8 @@ class Calls(RuleBasedStateMachine):
     def expected(self, inputs: Inputs, drawn: Drawn) -> Results:
         with on_threads(1):
             found = plainly(self.layer, inputs, "contiguous")
-        if drawn not in self.judged:
-            check(found, inputs)
+        if drawn.tokens >= LEAST_TOKENS and drawn not in self.judged:
+            judge(found, inputs)
             self.judged.add(drawn)
         return found
 
@@ -260,7 +271,8 @@ class Calls(RuleBasedStateMachine):
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 assert same_bits(parameter.grad, parts[0][name] + parts[1][name]), name
-                parameter -= 0.01 * parameter.grad
+                # A step of a size that leaves the magnitudes, and so the usual errors, as they are.
+                parameter -= 0.05 * parameter.square().mean().sqrt() * parameter.grad.sign()
                 parameter.copy_(parameter.bfloat16())  # the yardstick wants values that are operands
                 parameter.grad = None
         self.judged.clear()
@@ -294,7 +306,11 @@ class Calls(RuleBasedStateMachine):
 
 
 EITHER = settings(
-    stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True
+    phases=[Phase.generate],  # a sequence is short, and its steps are too slow to make it shorter
+    stateful_step_count=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
 )
 
 
