@@ -1,4 +1,4 @@
-"""The cache under attack: many processes at once, each killed, refused or without room at any step; real file systems."""
+"""The cache under attack: many processes at once, killed, refused or without room at any step; real file systems."""
 
 import errno
 import os

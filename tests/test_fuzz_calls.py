@@ -226,7 +226,9 @@ class Calls(RuleBasedStateMachine):
     def expected(self, inputs: Inputs, drawn: Drawn) -> Results:
         with on_threads(1):
             found = plainly(self.layer, inputs, "contiguous")
-        if drawn.tokens >= LEAST_TOKENS and drawn not in self.judged:
+        # At its limit the slope of a clamp jumps, and steps move values there: those kinds are compared by bits alone.
+        smooth = inputs.activation.name == "silu"
+        if smooth and drawn.tokens >= LEAST_TOKENS and drawn not in self.judged:
             judge(found, inputs)
             self.judged.add(drawn)
         return found

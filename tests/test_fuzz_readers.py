@@ -17,13 +17,14 @@ from adapters import adapter_of
 from helpers import build_kernels, case_named, layer_of, same_bits, usable_isas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_back_end import compile_text
 from yardstick import make_inputs
 
 from jitmoe import MoELayer, safetensors_source
 from jitmoe.config import MoEConfig
-from jitmoe.errors import CheckpointError, JitmoeError
+from jitmoe.errors import AdapterError, CheckpointError, JitmoeError
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.convert import read_adapter
 from jitmoe.hf.adapters.files import write
@@ -104,7 +105,7 @@ def make_rows(folder: Path) -> Path:
 def adapter_in(layout: str, file: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         write(folder / "source", FORMATS[layout].write(adapter_of(), Choices()), force=True)
-        return folder / "source" / file if file else folder / "source"
+        return folder / "source" / file
 
     return make
 
@@ -218,6 +219,9 @@ def test_any_bytes(name: str) -> None:
         pytest.param("checkpoint", (2).to_bytes(8, "little") + b"{}", id="a checkpoint without tensors"),
         pytest.param("index of shards", b'{"weight_map": {"experts.0.up": "gone"}}', id="a shard that is not there"),
         pytest.param("index of shards", b'{"weight_map": {"experts.0.up": "."}}', id="a shard that is a folder"),
+        pytest.param(
+            "index of shards", b'{"weight_map": {"experts.0.up": "\\ud800"}}', id="a shard whose name is no text"
+        ),
     ],
 )
 def test_found_before(name: str, content: bytes) -> None:
@@ -229,6 +233,24 @@ def test_found_before(name: str, content: bytes) -> None:
             READERS[name][1](path)
         finally:
             path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("text", ["{-", "nullx", "[1]", '{"0": 7}', "[" * 100_000])
+@pytest.mark.parametrize(("name", "field"), [("adapter of the ancestor", "prefixes"), ("adapter of jitmoe", "config")])
+def test_found_before_in_metadata(name: str, field: str, text: str) -> None:
+    path, whole = good(name)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() | {field: text}
+    try:
+        save_file(tensors, path, metadata)
+        if (field, text) == ("config", '{"0": 7}'):  # a config may have any fields
+            READERS[name][1](path)
+            return
+        with pytest.raises(AdapterError, match=f"{field} in its metadata"):
+            READERS[name][1](path)
+    finally:
+        path.write_bytes(whole)
 
 
 @pytest.mark.slow

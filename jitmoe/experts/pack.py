@@ -200,7 +200,7 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
             with safe_open(str(shard), framework="pt") as file:
                 matrix: torch.Tensor
                 matrix = file.get_tensor(tensor) if "{expert}" in name else file.get_slice(name)[expert]
-        except (OSError, SafetensorError, IndexError) as error:
+        except (OSError, SafetensorError, IndexError, UnicodeError) as error:
             raise CheckpointError(f"{tensor} of expert {expert} cannot be read from {shard}: {error}") from error
         return matrix
 
