@@ -67,17 +67,24 @@ class _Calls:
         cls.condition.release()
 
 
+def _from_interrupt(error: BaseException | None) -> bool:
+    """Whether a chain of SystemErrors began with Ctrl-C: each call of C on the way adds one."""
+    while isinstance(error, SystemError):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
 @contextmanager
 def compiled_call() -> Iterator[None]:
     """A call of compiled code, which may have to be compiled first: no fork comes into its middle.
 
-    Ctrl-C inside comes as SystemError with the interrupt as its cause; who called sees the interrupt.
+    Ctrl-C inside comes as a chain of SystemErrors that begins with it; who called sees the interrupt.
     """
     _Calls.change(1)
     try:
         yield
     except SystemError as error:
-        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+        if _from_interrupt(error):
             raise KeyboardInterrupt from error
         raise
     finally:
