@@ -24,7 +24,7 @@ from yardstick import make_inputs
 
 from jitmoe import MoELayer, safetensors_source
 from jitmoe.config import MoEConfig
-from jitmoe.errors import AdapterError, CheckpointError, JitmoeError
+from jitmoe.errors import AdapterError, CaptureError, CheckpointError, JitmoeError
 from jitmoe.hf.adapters.choices import Choices
 from jitmoe.hf.adapters.convert import read_adapter
 from jitmoe.hf.adapters.files import write
@@ -192,6 +192,7 @@ EITHER = settings(deadline=None, suppress_health_check=list(HealthCheck), databa
 SHORT = settings(EITHER, max_examples=40, derandomize=True)
 
 
+@pytest.mark.field("T")
 @pytest.mark.parametrize("name", READERS)
 def test_changed_bytes(name: str) -> None:
     @settings(SHORT)
@@ -202,6 +203,7 @@ def test_changed_bytes(name: str) -> None:
     changes_are_refused()
 
 
+@pytest.mark.field("T")
 @pytest.mark.parametrize("name", READERS)
 def test_any_bytes(name: str) -> None:
     @settings(SHORT, max_examples=20)
@@ -212,6 +214,7 @@ def test_any_bytes(name: str) -> None:
     bytes_are_refused()
 
 
+@pytest.mark.field("T")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -235,6 +238,7 @@ def test_found_before(name: str, content: bytes) -> None:
             path.write_bytes(whole)
 
 
+@pytest.mark.field("T")
 @pytest.mark.parametrize("text", ["{-", "nullx", "[1]", '{"0": 7}', "[" * 100_000])
 @pytest.mark.parametrize(("name", "field"), [("adapter of the ancestor", "prefixes"), ("adapter of jitmoe", "config")])
 def test_found_before_in_metadata(name: str, field: str, text: str) -> None:
@@ -251,6 +255,28 @@ def test_found_before_in_metadata(name: str, field: str, text: str) -> None:
             READERS[name][1](path)
     finally:
         path.write_bytes(whole)
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a pickle", "in a whole capture"])
+def test_a_capture_runs_no_code(tmp_path: Path, whole: bool) -> None:
+    hostile = Hostile(tmp_path / "ran")
+    content = hostile if whole else torch.load(good("capture")[0], weights_only=True) | {"lora_alpha": hostile}
+    torch.save(content, tmp_path / "call.pt")
+    with pytest.raises(CaptureError):
+        read_recording(tmp_path / "call.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "call.pt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "it would have run"
 
 
 @pytest.mark.slow
@@ -271,6 +297,7 @@ def _decoder() -> ctypes.CDLL:
     return ctypes.CDLL(str(compile_text(source, "ref", Path(tempfile.mkdtemp(prefix="jitmoe-fuzz-")))))
 
 
+@pytest.mark.field("T")
 @pytest.mark.parametrize("seed", range(3))
 def test_the_decoder_of_the_emulator(seed: int) -> None:
     """A text that it reads beyond ends the process; registers that do not exist are never decoded."""

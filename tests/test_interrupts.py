@@ -137,6 +137,7 @@ def work(rounds: int, seed: int, folder: str) -> None:
     print(json.dumps(interrupts.came))
 
 
+@pytest.mark.field("S")
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("rounds", [15, pytest.param(500, marks=pytest.mark.slow)])
 def test_interrupted_at_random_moments(rounds: int, tmp_path: Path) -> None:
