@@ -37,8 +37,8 @@ bool within(const Decoded& found) {
 // that do not exist. Every third byte string begins as one of ours.
 extern "C" int64_t fuzz(uint64_t seed, int64_t count) {
   const long page = sysconf(_SC_PAGESIZE);
-  auto* memory =
-      static_cast<uint8_t*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  auto* memory = static_cast<uint8_t*>(
+      mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   mprotect(memory + page, page, PROT_NONE);
   std::mt19937_64 random(seed);
   ucontext_t context = {};

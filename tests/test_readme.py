@@ -6,7 +6,6 @@ from typing import Any
 
 import families
 import pytest
-
 from test_mutants import names_in
 
 from jitmoe.cli import main
