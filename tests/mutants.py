@@ -56,6 +56,22 @@ MUTANTS = (
         "All threads keep their strip of LoRA in the first one's scratch.",
     ),
     Mutant(
+        "barrier_lets_go",
+        "templates/barrier.hpp",
+        "if (round_.load(std::memory_order_acquire) != round) return;",
+        "return;",
+        ("test_barrier.py::test_all_are_there",),
+        "A thread goes on before the others are there.",
+    ),
+    Mutant(
+        "barrier_wakes_one",
+        "templates/barrier.hpp",
+        "futex(FUTEX_WAKE_PRIVATE, INT_MAX);",
+        "futex(FUTEX_WAKE_PRIVATE, 1);",
+        ("test_barrier.py::test_all_are_there",),
+        "Of several threads that sleep one wakes up, and the call never ends.",
+    ),
+    Mutant(
         "float_mode_of_the_caller",
         "templates/parallel.hpp",
         "FloatMode() { _mm_setcsr(kDefault); }",
