@@ -39,8 +39,8 @@ sanitize: setup compiler
 races: setup compiler
 	JITMOE_CXX=tests/racing-c++ JITMOE_CACHE_DIR=out/races PYTHONPATH=tests \
 	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" \
-	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  setarch -R $(BIN)/python tests/races.py
+	  setarch -R env LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/races.py
 
 faults: setup compiler
 	$(BIN)/python tests/faults.py -q -m "not slow"
