@@ -1,7 +1,9 @@
 # make demo   set everything up and fine-tune a small model      make test    set up and run the tests
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
+# make races     passes on several threads under ThreadSanitizer
 # make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
+# make fuzz      random sequences of calls and random bytes, for long; make soak: thousands of steps, for leaks
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize faults mutants check format setup clean compiler
+.PHONY: demo test test-slow sanitize races faults fuzz soak mutants check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -34,8 +36,23 @@ sanitize: setup compiler
 	  tests/test_back_end.py \
 	  -k "(ragged_65 or no_lora or tails or padding or sums_start) and not groups"
 
+# ThreadSanitizer does not see into libgomp: the kernels get threads of tests/racing_gomp.cpp. Random addresses off: it
+# knows no others.
+races: setup compiler
+	JITMOE_CXX=tests/racing-c++ JITMOE_CACHE_DIR=out/races PYTHONPATH=tests \
+	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" \
+	  setarch -R env LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/races.py
+
 faults: setup compiler
 	$(BIN)/python tests/faults.py -q -m "not slow"
+
+EXAMPLES := 500
+fuzz: setup compiler
+	$(BIN)/python -m pytest -m slow --examples $(EXAMPLES) tests/test_fuzz_calls.py tests/test_fuzz_readers.py
+
+soak: setup compiler
+	$(BIN)/python -m pytest -m slow tests/test_soak.py
 
 # Some: python tests/mutants.py NAME ...
 mutants: setup compiler

@@ -65,10 +65,17 @@ class _Calls:
         cls.condition.release()
 
 
+def _from_interrupt(error: BaseException | None) -> bool:
+    """Whether a chain of SystemErrors began with Ctrl-C: each call of C on the way adds one."""
+    while isinstance(error, SystemError):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
 class compiled_call:  # noqa: N801 - a context manager, as small as can be: every call of a layer enters some
     """A call of compiled code, which may have to be compiled first: no fork comes into its middle.
 
-    Ctrl-C inside comes as SystemError with the interrupt as its cause; who called sees the interrupt.
+    Ctrl-C inside comes as a chain of SystemErrors that begins with it; who called sees the interrupt.
     """
 
     def __enter__(self) -> None:
@@ -76,7 +83,7 @@ class compiled_call:  # noqa: N801 - a context manager, as small as can be: ever
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         _Calls.change(-1)
-        if isinstance(error, SystemError) and isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+        if isinstance(error, SystemError) and _from_interrupt(error):
             raise KeyboardInterrupt from error
 
 

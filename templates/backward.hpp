@@ -182,14 +182,15 @@ struct Backward : Forward<S, Gemm> {
 template <Shape S, class Gemm>
 void backward_group(const Call& call, const Group& group, const Thread& thread) {
   const Backward<S, Gemm> pass{{{call, group, thread}}};
-  for_each_block<S>(call, group, BackwardStep::load, [&](const Block& block) { pass.load(block); });
+  for_each_block<S>(call, group, thread, BackwardStep::load, [&](const Block& block) { pass.load(block); });
   if (pass.recomputes())
-    for_each_segment_strip<S>(call, group, S.intermediate, BackwardStep::gate_up,
+    for_each_segment_strip<S>(call, group, thread, S.intermediate, BackwardStep::gate_up,
                               [&](const Segment& segment, int64_t strip) { pass.recompute(segment, strip); });
-  for_each_segment_strip<S>(call, group, S.intermediate, BackwardStep::act_grad,
+  for_each_segment_strip<S>(call, group, thread, S.intermediate, BackwardStep::act_grad,
                             [&](const Segment& segment, int64_t strip) { pass.act_grad(segment, strip); });
-  for_each_block<S>(call, group, BackwardStep::low_grads, [&](const Block& block) { pass.low_grads(block); });
-  for_each_strip<S>(call, group, S.hidden, BackwardStep::x_grad,
+  for_each_block<S>(call, group, thread, BackwardStep::low_grads,
+                    [&](const Block& block) { pass.low_grads(block); });
+  for_each_strip<S>(call, group, thread, S.hidden, BackwardStep::x_grad,
                     [&](const Segment& segment, const Following& following, int64_t strip) {
                       pass.x_grad(segment, following, strip);
                     });

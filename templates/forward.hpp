@@ -68,12 +68,13 @@ struct Forward : Pass<S, Gemm> {
 template <Shape S, class Gemm>
 void forward_group(const Call& call, const Group& group, const Thread& thread) {
   const Forward<S, Gemm> pass{{call, group, thread}};
-  for_each_block<S>(call, group, ForwardStep::load, [&](const Block& block) { pass.load(block); });
-  for_each_segment_strip<S>(call, group, S.intermediate, ForwardStep::gate_up,
+  for_each_block<S>(call, group, thread, ForwardStep::load, [&](const Block& block) { pass.load(block); });
+  for_each_segment_strip<S>(call, group, thread, S.intermediate, ForwardStep::gate_up,
                             [&](const Segment& segment, int64_t strip) { pass.gate_up(segment, strip); });
   if (call.rank)
-    for_each_block<S>(call, group, ForwardStep::down_low, [&](const Block& block) { pass.down_low(block); });
-  for_each_strip<S>(call, group, S.hidden, ForwardStep::down,
+    for_each_block<S>(call, group, thread, ForwardStep::down_low,
+                      [&](const Block& block) { pass.down_low(block); });
+  for_each_strip<S>(call, group, thread, S.hidden, ForwardStep::down,
                     [&](const Segment& segment, const Following& following, int64_t strip) {
                       pass.add_down(segment, following, strip);
                     });

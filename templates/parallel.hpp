@@ -6,6 +6,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "barrier.hpp"
 #include "call.hpp"
 #include "gemm/interface.hpp"
 #include "watch/checked.hpp"
@@ -45,23 +46,48 @@ inline Block block_of(const Group& group, int64_t index, int64_t m_step) {
   return {segment, index, segment->row + blocks.begin(b), blocks.size(b)};
 }
 
+// This thread's part of the per-thread buffers, its clocks, and where it waits for the others.
+struct Thread {
+  float* weights;
+  float* strips;
+  bf16* rows;
+  float* lora;
+  Barrier& barrier;
+  Thread(const Call& call, Barrier& barrier)
+      : weights(part(call.thread_weights)),
+        strips(part(call.thread_strips)),
+        rows(part(call.thread_rows)),
+        lora(part(call.thread_lora)),
+        barrier(barrier) {}
+  mutable Clocks clocks;
+
+ private:
+  template <class T>
+  static T* part(const PerThread<T>& buffer) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(buffer.data) + omp_get_thread_num() * buffer.stride);
+  }
+};
+
 // Work is handed out dynamically: who computes an item never changes its bits.
 template <Shape S, class AnyStep, class F>
-void for_each_block(const Call& call, const Group& group, AnyStep step, F&& f) {
+void for_each_block(const Call& call, const Group& group, const Thread& thread, AnyStep step, F&& f) {
   enter_step<S>(call, step);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
   for (int64_t i = 0; i < group.blocks; ++i) f(block_of(group, i, S.m_step));
+  thread.barrier.wait();
 }
 
 // Strips in a row for one thread, so that what it prefetches is its own.
 inline constexpr int kNeighbours = 4;
 
 template <Shape S, class AnyStep, class F>
-void for_each_segment_strip(const Call& call, const Group& group, int64_t columns, AnyStep step, F&& f) {
+void for_each_segment_strip(const Call& call, const Group& group, const Thread& thread, int64_t columns,
+                            AnyStep step, F&& f) {
   const int64_t strips = ceil_div(columns, kStrip);
   enter_step<S>(call, step);
-#pragma omp for schedule(dynamic, kNeighbours)
+#pragma omp for schedule(dynamic, kNeighbours) nowait
   for (int64_t i = 0; i < group.count * strips; ++i) f(group.segments[i / strips], i % strips);
+  thread.barrier.wait();
 }
 
 // The strip of weights that this thread reads after an item, to be prefetched.
@@ -74,13 +100,14 @@ struct Following {
 // strip). Several strips at a time, so that the panel of an expert is read from L2 by all but the first of
 // them; few enough that every thread has some.
 template <Shape S, class AnyStep, class F>
-void for_each_strip(const Call& call, const Group& group, int64_t columns, AnyStep step, F&& f) {
+void for_each_strip(const Call& call, const Group& group, const Thread& thread, int64_t columns, AnyStep step,
+                    F&& f) {
   constexpr int64_t kMost = 8;
   const int64_t strips = ceil_div(columns, kStrip);
   const int64_t share = strips / (4 * omp_get_num_threads());
   const int64_t width = share < 1 ? 1 : smaller(share, kMost);
   enter_step<S>(call, step);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
   for (int64_t first = 0; first < strips; first += width) {
     const int64_t end = smaller(first + width, strips);
     for (int64_t s = 0; s < group.count; ++s)
@@ -91,6 +118,7 @@ void for_each_strip(const Call& call, const Group& group, int64_t columns, AnySt
         f(group.segments[s], last ? Following{next_expert, first} : Following{expert, strip + 1}, strip);
       }
   }
+  thread.barrier.wait();
 }
 
 // Rounding to nearest and denormals as IEEE 754 has them, while it lives. Another library may have set
@@ -104,26 +132,6 @@ struct FloatMode {
  private:
   static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, round to nearest
 #endif
-};
-
-// This thread's part of the per-thread buffers, and its clocks.
-struct Thread {
-  float* weights;
-  float* strips;
-  bf16* rows;
-  float* lora;
-  explicit Thread(const Call& call)
-      : weights(part(call.thread_weights)),
-        strips(part(call.thread_strips)),
-        rows(part(call.thread_rows)),
-        lora(part(call.thread_lora)) {}
-  mutable Clocks clocks;
-
- private:
-  template <class T>
-  static T* part(const PerThread<T>& buffer) {
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(buffer.data) + omp_get_thread_num() * buffer.stride);
-  }
 };
 
 // Token sums lie strip by strip: rows of the full width H would, at a power of two, all fall into the
@@ -144,16 +152,14 @@ void clear_sums(const Call& call, const Thread& thread) {
     float* sums = sums_of<S>(call, Access::write, strip);
     for (int64_t i = 0; i < call.tokens * kStrip; ++i) sums[i] = 0.0f;
   }
-  if (!call.groups || S.watch == Watch::memory) {
-#pragma omp barrier
-  }
+  if (!call.groups || S.watch == Watch::memory) thread.barrier.wait();
 }
 
 // The one rounding of the sums into the result.
 template <Shape S>
 void write_result(const Call& call, const Thread& thread) {
   const Lap<S> lap(thread.clocks, Phase::sums);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t token = 0; token < call.tokens; ++token)
     for (int64_t column = 0; column < S.hidden; column += kStrip) {
       const float* sums = call.sums + (column / kStrip * call.tokens + token) * kStrip;
@@ -165,16 +171,18 @@ void write_result(const Call& call, const Thread& thread) {
         if (call.result_float) call.result_float[at + c] = sums[c];
       }
     }
+  thread.barrier.wait();
 }
 
 // A pass: group after group on all threads, between clearing the token sums and rounding them.
 template <Shape S, class Gemm, class F>
 void run(const Call& call, F&& run_group) {
+  Barrier barrier;
 #pragma omp parallel num_threads(static_cast<int>(call.threads))
   {
     [[maybe_unused]] const FloatMode mode;
     [[maybe_unused]] const ThreadState<Gemm> state;
-    const Thread thread(call);
+    const Thread thread(call, barrier);
     enter_call<S>(call);
     if (call.sums) clear_sums<S>(call, thread);
     for (int64_t g = 0; g < call.groups; ++g) run_group(call, group_of(call, g, S.m_step), thread);

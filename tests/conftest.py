@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--isa", help="of the tests for one instruction set run those for this one; 'best' of this machine"
     )
+    parser.addoption("--examples", type=int, default=500, help="that each slow test of make fuzz draws")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -81,18 +81,41 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
             "test_autograd.py::test_checkpoint",
             "test_autograd.py::test_no_grad_saves_nothing",
             "test_autograd.py::test_hooks_see_gradients_and_can_change_them",
+            "test_fuzz_calls.py::test_sequences_of_calls",
         ),
     ),
     13: (
         "saved x changed in place",
         ("test_autograd.py::TestChangedBehindOurBack::test_an_input_changed_before_backward_is_torchs_version_error",),
     ),
-    14: ("compiler trouble", ("test_toolchain.py::TestMisbehaviour", "test_build.py::TestCompilerTrouble")),
-    15: ("cold start of many processes", ("test_build.py::TestManyProcesses",)),
+    14: (
+        "compiler trouble",
+        (
+            "test_toolchain.py::TestMisbehaviour",
+            "test_build.py::TestCompilerTrouble",
+            "test_faults_cache.py::test_no_room_at_every_step_of_publishing",
+            "test_faults_cache.py::test_a_real_disk_that_is_full",
+        ),
+    ),
+    15: (
+        "cold start of many processes",
+        (
+            "test_build.py::TestManyProcesses",
+            "test_faults_cache.py::test_a_cold_start_of_real_processes",
+            "test_faults_cache.py::test_who_compiles_is_killed_and_the_others_go_on",
+        ),
+    ),
     16: ("damaged cache", ("test_build.py::TestDamage",)),
     17: ("stale cache", ("test_build.py::TestKey",)),
     18: ("hostile cache directory", ("test_build.py::TestHostileDirectory", "test_field_cache.py::TestCodeOfOthers")),
-    19: ("awkward cache directory", ("test_build.py::TestAwkwardDirectory",)),
+    19: (
+        "awkward cache directory",
+        (
+            "test_build.py::TestAwkwardDirectory",
+            "test_faults_cache.py::test_a_real_file_system_that_keeps_nothing",
+            "test_faults_cache.py::test_a_real_file_system_that_is_read_only_and_warm",
+        ),
+    ),
     20: (
         "an instruction set that cannot be used",
         (
@@ -112,7 +135,13 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
             "test_threads.py::test_same_bits_for_any_number_of_threads_and_every_run",
         ),
     ),
-    25: ("interrupted in the middle", ("test_faults_memory.py::test_interrupted_at_every_phase",)),
+    25: (
+        "interrupted in the middle",
+        (
+            "test_faults_memory.py::test_interrupted_at_every_phase",
+            "test_interrupts.py::test_interrupted_at_random_moments",
+        ),
+    ),
     26: ("extreme numbers", ("test_faults_values.py::TestExtremes",)),
     27: ("NUMA restrictions", ()),
     28: (

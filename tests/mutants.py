@@ -24,7 +24,7 @@ MUTANTS = (
     Mutant(
         "sums_twice",
         "templates/parallel.hpp",
-        "#pragma omp for schedule(dynamic)\n  for (int64_t first = 0; first < strips;",
+        "#pragma omp for schedule(dynamic) nowait\n  for (int64_t first = 0; first < strips;",
         "  for (int64_t first = 0; first < strips;",
         ("test_ancestor.py::test_output_doubled_where_partitions_are_summed_twice",),
         "Every thread adds every strip to the token sums.",
@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant(
         "two_writers_of_a_gradient",
         "templates/parallel.hpp",
-        "#pragma omp for schedule(dynamic, kNeighbours)\n",
+        "#pragma omp for schedule(dynamic, kNeighbours) nowait\n",
         "",
         ("test_ancestor.py::test_output_doubled_where_partitions_are_summed_twice",),
         "No strip of I belongs to one thread: all add to the gradients of down A, gate B and up B.",
@@ -50,10 +50,26 @@ MUTANTS = (
     Mutant(
         "shared_lora_scratch",
         "templates/parallel.hpp",
-        "lora(part(call.thread_lora)) {}",
-        "lora(call.thread_lora.data) {}",
+        "lora(part(call.thread_lora)),",
+        "lora(call.thread_lora.data),",
         ("test_checked.py::TestNothingElseChanges::test_same_bits",),
         "All threads keep their strip of LoRA in the first one's scratch.",
+    ),
+    Mutant(
+        "barrier_lets_go",
+        "templates/barrier.hpp",
+        "if (round_.load(std::memory_order_acquire) != round) return;",
+        "return;",
+        ("test_barrier.py::test_all_are_there",),
+        "A thread goes on before the others are there.",
+    ),
+    Mutant(
+        "barrier_wakes_one",
+        "templates/barrier.hpp",
+        "futex(FUTEX_WAKE_PRIVATE, INT_MAX);",
+        "futex(FUTEX_WAKE_PRIVATE, 1);",
+        ("test_barrier.py::test_all_are_there",),
+        "Of several threads that sleep one wakes up, and the call never ends.",
     ),
     Mutant(
         "float_mode_of_the_caller",

@@ -514,6 +514,7 @@ class TestCommand:
             ("W1 W3 --sweep rank", "one workload"),
             ("W1 --phases --plot x.png", "no picture"),
             ("--loading --plot x.png", "--loading has no picture"),
+            ("--busy --plot x.png", "--busy has no picture"),
         ],
     )
     def test_what_it_refuses(self, arguments, message, capsys):

@@ -67,6 +67,11 @@ class TestWritingInterrupted:
                 raise KeyboardInterrupt
             except KeyboardInterrupt as interrupt:
                 raise SystemError("returned a result with an exception set") from interrupt
+        with pytest.raises(KeyboardInterrupt), process.compiled_call():
+            try:
+                raise SystemError("inner") from KeyboardInterrupt()
+            except SystemError as inner:
+                raise SystemError("outer") from inner
         with pytest.raises(SystemError, match="another"), process.compiled_call():
             raise SystemError("another one")
 

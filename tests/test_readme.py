@@ -6,12 +6,14 @@ from typing import Any
 
 import families
 import pytest
+from test_mutants import names_in
 
 from jitmoe.cli import main
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PROMISES = dict(re.findall(r"^\| ([^|`]+(?:`batch_invariant`[^|]+)?) \| (`test_.*) \|$", TEXT, re.MULTILINE))
 COMMANDS = sorted(
     set(re.findall(r"jitmoe (build|cache|show|bench|estimate|doctor|check|replay|train|convert-weights|convert)", TEXT))
 )
@@ -49,3 +51,18 @@ def test_python_blocks_run_one_after_the_other(
 def test_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert command in capsys.readouterr().out
+
+
+def test_there_are_promises() -> None:
+    """As many as the rows of their table."""
+    table = TEXT.partition("| promise | tests |")[2].partition("\n\n")[0]
+    assert len(PROMISES) == table.count("\n|") - 1 >= 6
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_what_holds_a_promise_exists(promise: str) -> None:
+    tests = re.findall(r"`([^`]+)`", PROMISES[promise])
+    assert len(tests) >= 2
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert name in names_in(file), test

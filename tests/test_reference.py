@@ -194,6 +194,13 @@ def test_a_reference_that_is_mostly_zeros_proves_nothing() -> None:
         check(results_of_reference(inputs, torch.float32), inputs)
 
 
+def test_expert_ids_of_any_strides_are_judged() -> None:
+    inputs = make_inputs(CASES[0])
+    strided = replace(inputs, topk_ids=inputs.topk_ids.t().contiguous().t())
+    assert not strided.topk_ids.is_contiguous()
+    check(results_of_reference(strided, torch.float32), strided)
+
+
 def test_what_no_token_reaches_must_be_exactly_zero() -> None:
     inputs = make_inputs(next(case for case in CASES if case.routing == "idle_experts"))
     results = results_of_reference(inputs, torch.float32)

@@ -79,6 +79,9 @@ def bench(
         typer.Option("--loading", help="memory and time to load a checkpoint of 2 GB that it makes, or of --gigabytes"),
     ] = False,
     gigabytes: Annotated[float, typer.Option(metavar="N", help="size of the checkpoint of --loading")] = 2.0,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="small calls while another process computes on every CPU; sizes of its own")
+    ] = False,
     targets: Annotated[
         bool,
         typer.Option("--targets", help="all targets beside what this machine reaches; takes 10 to 30 minutes"),
@@ -98,8 +101,8 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="write a PNG: the roofline, or the sweep")] = None,
 ) -> None:
     """Measure the layer beside this machine's ceilings and peers."""
-    modes = {"phases": phases, "predict": predict, "memory": memory, "loading": loading, "targets": targets}
-    mode = _mode({**modes, "sweep": bool(sweep), "against": bool(against)})
+    modes = {"phases": phases, "predict": predict, "memory": memory, "loading": loading, "busy": busy}
+    mode = _mode({**modes, "targets": targets, "sweep": bool(sweep), "against": bool(against)})
     from jitmoe.bench import machine, report, revisions
     from jitmoe.bench.contenders import refuse_watching
     from jitmoe.bench.measure import Options
@@ -169,7 +172,7 @@ def _check_files(mode: str, json_file: Path | None, plot: Path | None) -> None:
         if not path.absolute().parent.is_dir():
             raise BenchError(f"{path} cannot be written: {path.absolute().parent} is not a directory")
     if plot:
-        if mode in ("phases", "predict", "memory", "loading", "against"):
+        if mode in ("phases", "predict", "memory", "loading", "busy", "against"):
             raise BenchError(f"--plot draws a roofline or a sweep; --{mode} has no picture")
         from jitmoe.bench.plot import require_matplotlib
 

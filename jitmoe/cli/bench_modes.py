@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jitmoe.bench import history, loading, machine, plot, report
+from jitmoe.bench.busy import busy_json, busy_table, measure_busy
 from jitmoe.bench.ceilings import Ceilings
 from jitmoe.bench.footprint import footprint_json, footprint_table, measure_footprints
 from jitmoe.bench.measure import Options, compare
@@ -82,6 +83,12 @@ def _loading(run: Run) -> dict[str, Any]:
     return {"loading": loading.loading_json(found)}
 
 
+def _busy(run: Run) -> dict[str, Any]:
+    found = [measured for isa in run.options.isas for measured in measure_busy(isa)]
+    print(f"\n{busy_table(found)}")
+    return {"busy": busy_json(found)}
+
+
 def _sweep(run: Run) -> dict[str, Any]:
     assert run.axis is not None
     sweep = run_sweep(run.axis, run.workloads[0], run.options, run.threads, run.quick)
@@ -119,6 +126,7 @@ MODES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "targets": _targets,
     "memory": _memory,
     "loading": _loading,
+    "busy": _busy,
     "sweep": _sweep,
     "predict": _predict,
     "against": _against,

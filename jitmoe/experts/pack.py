@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from jitmoe.config import MoEConfig, read_fields
-from jitmoe.errors import InputError, WeightsChangedError
+from jitmoe.errors import CheckpointError, InputError, WeightsChangedError
 from jitmoe.experts.inputs import check_plain, in_memory
 from jitmoe.experts.packed_file import map_packed
 from jitmoe.experts.quantized import SCALE_DTYPES, ExpertSource, Quantized, check_base
@@ -188,15 +188,20 @@ def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Ten
             ``"model.layers.3.mlp.experts.{expert}.gate_proj.weight"``.
 
     Returns:
-        A function from the expert's number to its matrix, for the constructor of the layer.
+        A function from the expert's number to its matrix, for the constructor of the layer. It raises
+        :class:`~jitmoe.errors.CheckpointError` where the file cannot be read, or has no such tensor or expert.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     def read(expert: int) -> torch.Tensor:
         tensor = name.format(expert=expert)
-        with safe_open(str(_shard_with(Path(path), tensor)), framework="pt") as file:
-            matrix: torch.Tensor
-            matrix = file.get_tensor(tensor) if "{expert}" in name else file.get_slice(name)[expert]
+        shard = _shard_with(Path(path), tensor)
+        try:
+            with safe_open(str(shard), framework="pt") as file:
+                matrix: torch.Tensor
+                matrix = file.get_tensor(tensor) if "{expert}" in name else file.get_slice(name)[expert]
+        except (OSError, SafetensorError, IndexError, UnicodeError) as error:
+            raise CheckpointError(f"{tensor} of expert {expert} cannot be read from {shard}: {error}") from error
         return matrix
 
     return read

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jitmoe.errors import CheckpointError
@@ -25,7 +25,10 @@ class Checkpoint:
         for path in self.paths:
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{path} is no safetensors file; save the model with save_pretrained() first")
-            file = safe_open(str(path), framework="pt", backend="pread")
+            try:
+                file = safe_open(str(path), framework="pt", backend="pread")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
 
     def __contains__(self, name: str) -> bool:

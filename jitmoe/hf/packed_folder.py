@@ -44,7 +44,7 @@ class PackedFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             content = json.loads(index.read_text(encoding="utf-8")) if index.exists() else None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PackedFileError(f"packed experts cannot be kept in {self.path}: {error}") from error
         if content is None:
             return

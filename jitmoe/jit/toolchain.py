@@ -1,6 +1,7 @@
 """The C++ compiler: which one, its identity, its flags for each instruction set, and one run of it."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -263,7 +264,8 @@ def _seen_from(folder: Path, path: Path) -> str:
 def _failure_text(compiler: Compiler, command: list[str], failure: str, log: Path) -> str:
     output = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     said = [line.strip() for line in output if line.strip()]
-    errors = [line for line in said if "error" in line.lower()]
+    # A linker without room says so without the word.
+    errors = [line for line in said if "error" in line.lower() or os.strerror(errno.ENOSPC) in line]
     first = next(iter(errors or said), "(it said nothing)")
     advice = [OPENMP_ADVICE] if compiler.kind == "clang" and ("omp.h" in first or "-lomp" in first) else []
     return "\n  ".join([f"the compiler {failure}: {first}", f"command: {shlex.join(command)}", f"log: {log}", *advice])

@@ -223,7 +223,7 @@ def reached(name: str, inputs: Inputs) -> Tensor:
         return kept
     if name in ("out", "x"):
         return kept.any(-1)
-    return torch.isin(torch.arange(inputs.experts), inputs.topk_ids)
+    return torch.isin(torch.arange(inputs.experts), inputs.topk_ids.flatten())  # of other strides it takes none
 
 
 def errors_of(candidate: Results, oracle: Results, inputs: Inputs) -> Errors:

@@ -14,7 +14,7 @@ import torch
 
 from jitmoe.errors import AdapterError
 from jitmoe.hf.adapters.choices import Choices
-from jitmoe.hf.adapters.files import CONFIG, FUSED, MODEL, Content, Tensors, read_config, read_tensors
+from jitmoe.hf.adapters.files import CONFIG, FUSED, MODEL, Content, Tensors, object_in, read_config, read_tensors
 from jitmoe.hf.adapters.keys import OF_EXPERTS, module_of
 from jitmoe.hf.adapters.peft_config import Target, new_config, other_targets
 from jitmoe.hf.adapters.scaling import with_one_rank
@@ -38,7 +38,7 @@ def read(folder: Path, choices: Choices) -> ExpertAdapter:
     others = read_tensors(folder / MODEL).tensors if (folder / MODEL).exists() else {}
     if twice := next(filter(OF_EXPERTS.fullmatch, others), None):
         raise AdapterError(f"{folder / MODEL} has {twice}, and experts are in {FUSED}: which of them counts?")
-    prefixes = json.loads(file.metadata.get("prefixes", "{}"))
+    prefixes = _prefixes(folder / FUSED, file.metadata)
     layers = [
         layer_of(prefixes.get(layer) or PREFIX.format(layer=layer), tensors, rank, scale, f"layer {layer}")
         for layer, tensors in groups.items()
@@ -80,6 +80,14 @@ def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
             raise AdapterError(f"{key} is not known in this layout of experts: it would be lost")
         groups.setdefault(found[1], {})[found[2]] = tensor
     return groups
+
+
+def _prefixes(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Where the experts of each layer are, as our own writer says it."""
+    prefixes = object_in(path, metadata, "prefixes")
+    if not all(isinstance(prefix, str) for prefix in prefixes.values()):
+        raise AdapterError(f"{path}: prefixes in its metadata has values that are no text")
+    return prefixes
 
 
 def _config(folder: Path, groups: Mapping[str, Mapping[str, torch.Tensor]], choices: Choices) -> dict[str, Any]:

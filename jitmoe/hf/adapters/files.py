@@ -60,6 +60,22 @@ def read_metadata(path: Path) -> tuple[set[str], Mapping[str, str]]:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
 
 
+def object_in(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    """The JSON object in a field of a file's metadata; empty where the file has none.
+
+    Raises:
+        AdapterError: it is no object.
+    """
+    text = metadata.get(field, "{}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: {field} in its metadata is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: {field} in its metadata is no object, but {text[:100]!r}")
+    return content
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object.
 

@@ -11,7 +11,7 @@ import torch
 
 from jitmoe.errors import AdapterError
 from jitmoe.hf.adapters.choices import Choices
-from jitmoe.hf.adapters.files import Content, Tensors, read_tensors
+from jitmoe.hf.adapters.files import Content, Tensors, object_in, read_tensors
 from jitmoe.hf.adapters.scaling import alpha_of, scale_of, with_one_rank
 from jitmoe.hf.adapters.stacked import layer_of
 from jitmoe.hf.adapters.value import ExpertAdapter
@@ -30,10 +30,10 @@ def read(path: Path, choices: Choices) -> ExpertAdapter:
     try:
         alpha, rank = float(file.metadata["alpha"]), int(file.metadata["rank"])
         rslora = {"true": True, "false": False}[file.metadata["rslora"]]
-        config = json.loads(file.metadata.get("config", "{}"))
         scale = scale_of(alpha, rank, rslora)
     except (KeyError, ValueError, ArithmeticError) as error:
         raise AdapterError(f"{path} does not say alpha, rank and rslora in its metadata: {error}") from error
+    config = object_in(path, file.metadata, "config")
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in file.tensors.items():
         prefix, _, name = key.rpartition(".")
