@@ -13,6 +13,19 @@ from torch import Tensor
 from jitmoe.errors import CheckpointError
 
 
+DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F8_E4M3": "float8_e4m3fn",
+    "I8": "int8",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+}
+"""torch's names of those of safetensors."""
+
+
 class Checkpoint:
     """The files of a checkpoint, open for reading.
 
@@ -30,6 +43,25 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
+
+    def names(self) -> list[str]:
+        """Of all tensors, in the order of the files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, from the header of its file."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor likewise, by torch's name; by that of safetensors where torch has none."""
+        found = str(self._slice(name).get_dtype())
+        return DTYPES.get(found, found)
+
+    def raw(self, name: str, expert: int | None = None) -> Tensor:
+        """A tensor as it is, or an expert's part of a stacked one [E, ...]."""
+        whole = self._slice(name)
+        tensor: Tensor = whole[:] if expert is None else whole[expert]
+        return tensor
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, in bfloat16."""
