@@ -58,7 +58,9 @@ def spread(scales: Array, tall: int, wide: int, shape: tuple[int, ...]) -> Array
 def largest(weight: Array, tall: int, wide: int) -> Array:
     """Of the weights that share a scale."""
     rows, columns = -(-weight.shape[0] // tall), -(-weight.shape[1] // wide)
-    blocks = [[weight[i * tall : (i + 1) * tall, j * wide : (j + 1) * wide] for j in range(columns)] for i in range(rows)]
+    blocks = [
+        [weight[i * tall : (i + 1) * tall, j * wide : (j + 1) * wide] for j in range(columns)] for i in range(rows)
+    ]
     return np.array([[np.abs(block).max() for block in row] for row in blocks], np.float32)
 
 
@@ -161,6 +163,7 @@ FP8 = {
     "modules_to_not_convert": ["lm_head"],
 }
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "true_sequential": True}
+GPTQ_SAID = "int4_group, groups of 32, float16"
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
 
 
@@ -197,10 +200,9 @@ LAYOUTS = {
     "int4-64": Layout(INT4_64, int4_packed(64), "int4_group", "int4_group, groups of 64, bfloat16", sizes=((136, 72),)),
     "fp8-channel": Layout(FLOAT8, fp8_row, "fp8_row", "fp8_row, a bfloat16 scale a row", "glm4_moe"),
     "int8-channel": Layout(INT8, int8_row, "int8_row", "int8_row, a float32 scale a row"),
-    "gptq": Layout(GPTQ, gptq(32, 7), "int4_group", "int4_group, groups of 32, float16", "mixtral", ((48, 40), (40, 40))),
+    "gptq": Layout(GPTQ, gptq(32, 7), "int4_group", GPTQ_SAID, "mixtral", ((48, 40), (40, 40))),
     "gptq-v2": Layout(
-        {**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(32, 8), "int4_group", "int4_group, groups of 32, float16",
-        sizes=((48, 40),),
+        {**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(32, 8), "int4_group", GPTQ_SAID, sizes=((48, 40),)
     ),
     "mxfp4": Layout(MXFP4, mxfp4, "mxfp4", "mxfp4, groups of 32", "gpt_oss", ((64, 32), (64, 64))),
 }  # fmt: skip
@@ -225,7 +227,8 @@ class Written:
 
 def is_quantised(name: str, tensor: Tensor) -> bool:
     """Linear layers but the router and the head."""
-    return tensor.dim() >= 2 and "_proj" in name and not name.endswith("_bias") or ".experts." in name and ".w" in name
+    mixtral = ".experts." in name and ".w" in name
+    return mixtral or (tensor.dim() >= 2 and "_proj" in name and not name.endswith("_bias"))
 
 
 def write(layout: Layout, folder: Path, sizes: tuple[int, int] = (0, 0), **fields: Any) -> Written:

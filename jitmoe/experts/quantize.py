@@ -76,22 +76,27 @@ def quantize(
     for name, weights in base.items():
         found, squares = [], []
         for expert, matrix in enumerate(weights):
-            _check_finite(name, expert, matrix)
-            found.append(_quantized(packing, matrix.float()))
-            squares.append(_difference(packing, found[-1], matrix))
+            check_finite(name, expert, matrix)
+            found.append(encode(packing, matrix.float()))
+            squares.append(difference(packing, found[-1], matrix))
         sources[name] = Quantized(torch.stack([q.values for q in found]), torch.stack([q.scales for q in found]))
-        errors[name] = _error(torch.tensor(squares, dtype=torch.float64, device="cpu"))
+        errors[name] = error_of(torch.tensor(squares, dtype=torch.float64, device="cpu"))
     return sources, QuantizationReport(weight_format, errors)
 
 
-def _check_finite(name: str, expert: int, matrix: Tensor) -> None:
+def check_finite(name: str, expert: int, matrix: Tensor) -> None:
+    """Refuse a matrix [out, in] with a value that has no code.
+
+    Raises:
+        InputError: a value is not finite; names it.
+    """
     if not matrix.isfinite().all():
         row, column = (~matrix.isfinite()).nonzero()[0].tolist()
         raise InputError(f"{name}[{expert}, {row}, {column}] is {matrix[row, column].item()}: it has no code")
 
 
-def _quantized(packing: Packing, matrix: Tensor) -> Quantized:
-    """Codes and scales of one matrix [out, in], float32."""
+def encode(packing: Packing, matrix: Tensor) -> Quantized:
+    """Nearest codes, and scales, of one matrix [out, in], float32; see :func:`quantize`."""
     out, in_ = matrix.shape
     scales = _scales(packing, matrix)
     wide = scales_of(packing, scales, out, in_)
@@ -146,8 +151,8 @@ ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
 """From codes as float32 [out, in] to values as shipped."""
 
 
-def _difference(packing: Packing, quantized: Quantized, matrix: Tensor) -> tuple[float, float, float, float]:
-    """Sum of squares of W' - W and of W, and the largest magnitudes of the two."""
+def difference(packing: Packing, quantized: Quantized, matrix: Tensor) -> tuple[float, float, float, float]:
+    """What one matrix loses: sum of squares of W' - W and of W, and the largest magnitudes of the two."""
     exact = matrix.double()
     error = dequantize(packing, quantized.values, quantized.scales, *matrix.shape).double() - exact
     return (
@@ -155,8 +160,8 @@ def _difference(packing: Packing, quantized: Quantized, matrix: Tensor) -> tuple
     )  # fmt: skip
 
 
-def _error(parts: Tensor) -> QuantizationError:
-    """Of rows as :func:`_difference` gives them, one an expert."""
+def error_of(parts: Tensor) -> QuantizationError:
+    """Of rows as :func:`difference` gives them, one an expert."""
     lost, held, lost_most, held_most = parts.unbind(1)
     each = torch.where(held > 0, (lost / held).sqrt(), 0.0)
     expert = int(each.argmax())

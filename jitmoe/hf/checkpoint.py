@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jitmoe.errors import CheckpointError
 
-
 DTYPES = {
     "BF16": "bfloat16",
     "F16": "float16",

@@ -16,7 +16,7 @@ from jitmoe.experts.passes import spec_of
 from jitmoe.formats import Packing
 from jitmoe.hf import peft_lora
 from jitmoe.hf.layout import PARTS, Layout, WeightName
-from jitmoe.hf.packed import Packed, describe
+from jitmoe.hf.packed import Packed, packing_words
 from jitmoe.hf.understand import BIASES, Understood, class_name, refused, understand
 from jitmoe.hf.weight import PackedWeight
 
@@ -144,8 +144,8 @@ def packing_of(module: Any, packed: Sequence[Packed]) -> Packing:
         if other.packing != first.packing:
             raise refused(
                 module,
-                f"its {first.name} is packed in {describe(first.packing)} and its {other.name} in "
-                f"{describe(other.packing)}; jitmoe.hf.unpack(model) makes both bfloat16",
+                f"its {first.name} is packed in {packing_words(first.packing)} and its {other.name} in "
+                f"{packing_words(other.packing)}; jitmoe.hf.unpack(model) makes both bfloat16",
             )
     return first.packing
 

@@ -59,7 +59,7 @@ class Layout:
         return list(rows.chunk(len(parts), dim=-2))
 
     def split_any(self, matrix: Tensor | Quantized, parts: tuple[str, ...]) -> Sequence[Tensor | Quantized]:
-        """:meth:`split`, also of quantised matrices, which are always [out, in]: a part's rows have their own scales."""
+        """:meth:`split`, also of quantised matrices: always [out, in], and a part's rows have their own scales."""
         if not isinstance(matrix, Quantized):
             return self.split(matrix, parts)
         halves = (self._outputs(tensor, len(parts)) for tensor in (matrix.values, matrix.scales))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from jitmoe.errors import InputError
 from jitmoe.experts.pack import decode_experts, empty_packed, pack_experts, unpack_experts
 from jitmoe.experts.quantized import SCALE_DTYPES, ExpertSource, Quantized, check_base
 from jitmoe.formats import BFLOAT16, SQUARE, Packing
@@ -68,7 +69,7 @@ class Packed:
             for place, expert in enumerate(batch):
                 for stage, extent, matrix in zip(stages, extents, parts_of(expert), strict=True):
                     checked = check_base(f"{name}[{expert}]", matrix, (), *extent, packing)
-                    for room, tensor in zip(stage, filter(_is_given, checked), strict=True):
+                    for room, tensor in zip(stage, (given for given in checked if given is not None), strict=True):
                         # NumPy copies on this thread: to wake others costs more, on a busy machine much more.
                         room.numpy()[place] = _bits(tensor).numpy()
             for part, stage, extent in zip(packed.parts, stages, extents, strict=True):
@@ -104,13 +105,13 @@ class Packed:
         """Values and scales [number, ...] of these experts as they were packed, bit for bit, by projection.
 
         Raises:
-            ValueError: they are bfloat16.
+            InputError: they are bfloat16.
         """
         kernels, found = self.layout.packing_kernels(self.packing), {}
         for part in parts:
             unpacked = unpack_experts(kernels, self.tensors[part], *self.layout.extent(part), experts, self.packing)
             if not isinstance(unpacked, Quantized):
-                raise ValueError(f"{self.name} is packed in bfloat16 and has no scales")
+                raise InputError(f"{self.name} is packed in bfloat16 and has no scales")
             found[part] = unpacked
         return found
 
@@ -119,14 +120,23 @@ class Packed:
         kernels = self.layout.packing_kernels(self.packing)
         for part, rows in zip(self.parts, parts, strict=True):
             place = self.tensors[part][expert : expert + 1]
-            source: ExpertSource = [rows]  # type: ignore[assignment, list-item]
+            source: ExpertSource = [rows]  # type: ignore[assignment]
             pack_experts(kernels, f"{self.name}[{expert}]", source, place, *self.layout.extent(part), self.packing)
             if not self.tensors[part].is_inference():  # inside of an operator a view counts its writes for itself
                 increment_version(self.tensors[part])
         self.writes += 1
 
+    def take(self, other: "Packed") -> bool:
+        """Copy the memory of weights that are packed alike, bit for bit; whether they are."""
+        if (other.layout, other.name, other.packing) != (self.layout, self.name, self.packing):
+            return False
+        for part in self.parts:
+            self.tensors[part].copy_(other.tensors[part])
+        self.writes += 1
+        return True
 
-def describe(packing: Packing) -> str:
+
+def packing_words(packing: Packing) -> str:
     """In words: "fp8_block, 128x128"."""
     words = {
         "square": f"{SQUARE}x{SQUARE}",
@@ -149,10 +159,6 @@ def _stages(packing: Packing, count: int, out: int, in_: int) -> list[Tensor]:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(BITS[tensor.element_size()])
-
-
-def _is_given(tensor: Tensor | None) -> bool:
-    return tensor is not None
 
 
 def _tensor(found: Tensor | Quantized) -> Tensor:

@@ -9,9 +9,6 @@ from jitmoe.formats import Packing
 from jitmoe.hf.shipped.reader import Reader, Shape, Tensors
 from jitmoe.quantization_config import ADVICE, Scheme
 
-NIBBLES = 0x11111111
-"""Times a nibble: eight of it in a word."""
-
 
 def _scale_shapes(packing: Packing, out: int, in_: int) -> tuple[Shape, ...]:
     _, groups = packing.scale_shape(out, in_)
@@ -20,18 +17,18 @@ def _scale_shapes(packing: Packing, out: int, in_: int) -> tuple[Shape, ...]:
 
 def _quantized(tensors: Tensors, scheme: Scheme, packing: Packing) -> Quantized:
     words, scales = tensors("values"), tensors("scales")
-    _check_zeros(tensors("zeros"), scheme.stored_zero)
+    _check_zeros(tensors("zeros"), words.shape[1], scheme.stored_zero)
     _check_groups(tensors("groups"), 8 * len(words), scheme.group)
     return Quantized(words.mT.contiguous(), scales.mT.contiguous().to(SCALE_DTYPES[packing.scale]))
 
 
-def _check_zeros(zeros: Tensor, stored: int) -> None:
+def _check_zeros(words: Tensor, out: int, stored: int) -> None:
     """Where a nibble of 8 is zero, files of GPTQ's first version hold 7."""
-    as_signed = torch.tensor(stored * NIBBLES, device="cpu").to(torch.int32)
-    if (zeros != as_signed).any():
+    nibbles = (words[..., None] >> torch.arange(0, 32, 4, device="cpu")) & 0xF
+    if (nibbles.flatten(-2)[:, :out] != stored).any():
         raise UnsupportedExpertsError(
-            f"qzeros of GPTQ are not all {stored}: the weights are asymmetric, or of another checkpoint_format than the "
-            f"config says. {ADVICE}"
+            f"qzeros of GPTQ are not all {stored}: the weights are asymmetric, or of another checkpoint_format than "
+            f"the config says. {ADVICE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""MXFP4 of gpt-oss: blocks of 32 inputs, [out, in / 32, 16] bytes, also where the module's own matrices are [in, out]."""
+"""MXFP4 of gpt-oss: [out, in / 32, 16] bytes, also where the module's own matrices are [in, out]."""
 
 from jitmoe.experts.quantized import Quantized
 from jitmoe.formats import Packing

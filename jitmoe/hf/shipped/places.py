@@ -8,7 +8,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from jitmoe.errors import UnsupportedExpertsError
 from jitmoe.formats import SQUARE, Packing
 from jitmoe.hf.layout import PARTS, Layout
-from jitmoe.hf.packed import describe
+from jitmoe.hf.packed import packing_words
 from jitmoe.hf.shipped.source import Source
 from jitmoe.quantization_config import ADVICE
 
@@ -58,7 +58,7 @@ def packings_of(layouts: Mapping[str, Layout], source: Source, targets: Targets)
             _check_stacked(name, layouts[module], source.packing(name), fused=leaf == "gate_up_proj")
     for module, packings in found.items():
         if len(packings) > 1:
-            words = " and ".join(f"{name} in {describe(packing)}" for packing, name in packings.items())
+            words = " and ".join(f"{name} in {packing_words(packing)}" for packing, name in packings.items())
             raise UnsupportedExpertsError(
                 f"the experts of {module} are in more than one format ({words}), and jitmoe keeps those of a module in "
                 f"one. {ADVICE}"
