@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import eager_model
+from families import EXPERTS, eager_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -176,11 +176,12 @@ class Layout:
 
     Attributes:
         config: the quantization_config.
-        encode: a weight float32 [out, in].
+        encode: a weight float32 [out, in] of an expert.
         weight_format: of the experts in jitmoe.
         said: by the report.
         family: of the model.
         sizes: H and I, unequal and then equal.
+        others: likewise of attention and shared experts; None leaves them in bfloat16.
     """
 
     config: dict[str, Any]
@@ -189,6 +190,13 @@ class Layout:
     said: str
     family: str = "qwen3_moe"
     sizes: tuple[tuple[int, int], ...] = ((46, 27), (46, 46))
+    others: Callable[[Array], Encoded] | None = None
+
+    def encoder(self, name: str) -> Callable[[Array], Encoded] | None:
+        """For the weight of this name; None of one that stays bfloat16, as routers, heads and norms do."""
+        if not (name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")) or ".experts." in name):
+            return None
+        return None if name.endswith("_bias") else self.encode if ".experts." in name else self.others
 
 
 INT4_32 = compressed("pack-quantized", {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32})
@@ -196,19 +204,33 @@ INT4_64 = compressed("pack-quantized", {"type": "int", "num_bits": 4, "strategy"
 FLOAT8 = compressed("float-quantized", {"type": "float", "num_bits": 8, "strategy": "channel"})
 INT8 = compressed("int-quantized", {"type": "int", "num_bits": 8, "strategy": "channel"})
 
+MIXED = {
+    **INT4_32,
+    "format": "mixed-precision",
+    "config_groups": {
+        "experts": {**INT4_32["config_groups"]["group_0"], "format": "pack-quantized", "targets": ["re:.*experts.*"]},
+        "others": {**FLOAT8["config_groups"]["group_0"], "format": "float-quantized"},
+    },
+}
+
 LAYOUTS = {
-    "fp8-qwen3": Layout(FP8, fp8_block, "fp8_block", "fp8_block, 128x128", sizes=((136, 130), (130, 130))),
-    "fp8-deepseek": Layout(FP8, fp8_block, "fp8_block", "fp8_block, 128x128", "deepseek_v3", ((136, 130),)),
+    "fp8-qwen3": Layout(
+        FP8, fp8_block, "fp8_block", "fp8_block, 128x128", sizes=((136, 130), (130, 130)), others=fp8_block
+    ),
+    "fp8-deepseek": Layout(
+        FP8, fp8_block, "fp8_block", "fp8_block, 128x128", "deepseek_v3", ((136, 130),), others=fp8_block
+    ),
     "int4-kimi": Layout(INT4_32, int4_packed(32), "int4_group", "int4_group, groups of 32, bfloat16", "deepseek_v3"),
+    "int4-and-fp8": Layout(MIXED, int4_packed(32), "int4_group", "int4_group, groups of 32, bfloat16", others=fp8_row),
     "int4-64": Layout(INT4_64, int4_packed(64), "int4_group", "int4_group, groups of 64", sizes=((136, 130),)),
-    "fp8-channel": Layout(FLOAT8, fp8_row, "fp8_row", "fp8_row, a bfloat16 scale a row", "glm4_moe"),
-    "int8-channel": Layout(INT8, int8_row, "int8_row", "int8_row, a float32 scale a row"),
-    "gptq": Layout(GPTQ, gptq(32, 7), "int4_group", GPTQ_SAID, "mixtral", ((40, 24), (40, 40))),
+    "fp8-channel": Layout(FLOAT8, fp8_row, "fp8_row", "fp8_row, a bfloat16 scale a row", "glm4_moe", others=fp8_row),
+    "int8-channel": Layout(INT8, int8_row, "int8_row", "int8_row, a float32 scale a row", others=int8_row),
+    "gptq": Layout(GPTQ, gptq(32, 7), "int4_group", GPTQ_SAID, "mixtral", ((40, 24), (40, 40)), others=gptq(32, 7)),
     "gptq-v2": Layout(
         {**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(32, 8), "int4_group", GPTQ_SAID, sizes=((40, 24),)
     ),
     "mxfp4": Layout(MXFP4, mxfp4, "mxfp4", "mxfp4, groups of 32", "gpt_oss", ((64, 32), (64, 64))),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -228,12 +250,6 @@ class Written:
     decoded: dict[str, Tensor] = field(default_factory=dict)
 
 
-def is_quantised(name: str, tensor: Tensor) -> bool:
-    """Linear layers but the router and the head."""
-    mixtral = ".experts." in name and ".w" in name
-    return mixtral or (tensor.dim() >= 2 and "_proj" in name and not name.endswith("_bias"))
-
-
 def write(layout: Layout, folder: Path, sizes: tuple[int, int] = (0, 0), **fields: Any) -> Written:
     """Both checkpoints, in ``folder``."""
     hidden, intermediate = sizes if sizes[0] else layout.sizes[0]
@@ -244,10 +260,11 @@ def write(layout: Layout, folder: Path, sizes: tuple[int, int] = (0, 0), **field
     model.save_pretrained(found.quantised)
     plain = load_file(found.plain / "model.safetensors")
     for weight, tensor in plain.items():
-        if not (is_quantised(weight, tensor) and (layout.family != "gpt_oss" or ".experts." in weight)):
+        encode = layout.encoder(weight)
+        if encode is None:
             found.tensors[weight] = tensor
             continue
-        tensors, decoded = encode_any(layout, tensor.float().numpy())
+        tensors, decoded = encode_any(encode, tensor.float().numpy())
         found.tensors |= {weight.removesuffix(".weight") + suffix: values for suffix, values in tensors.items()}
         found.decoded[weight] = torch.from_numpy(decoded).bfloat16()
     save_file(plain | found.decoded, found.plain / "model.safetensors", metadata={"format": "pt"})
@@ -262,11 +279,11 @@ def save(found: Written, config: dict[str, Any]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config}))
 
 
-def encode_any(layout: Layout, weight: Array) -> Encoded:
+def encode_any(encode: Callable[[Array], Encoded], weight: Array) -> Encoded:
     """A matrix, or one for each expert as gpt-oss stacks them: [E, in, out] in bfloat16, [E, out, in] quantised."""
     if weight.ndim == 2:
-        return layout.encode(weight)
-    each = [layout.encode(np.ascontiguousarray(matrix.T)) for matrix in weight]
+        return encode(weight)
+    each = [encode(np.ascontiguousarray(matrix.T)) for matrix in weight]
     tensors = {suffix: torch.stack([tensors[suffix] for tensors, _ in each]) for suffix in each[0][0]}
     return tensors, np.ascontiguousarray(np.stack([decoded.T for _, decoded in each]))
 
@@ -277,3 +294,21 @@ def cells(*slow: str) -> Iterator[Any]:
         for hidden, intermediate in layout.sizes:
             marks = [pytest.mark.slow] if hidden == intermediate or name in slow else []
             yield pytest.param(layout, (hidden, intermediate), id=f"{name}-{hidden}x{intermediate}", marks=marks)
+
+
+def stack(found: Written) -> None:
+    """Put stacked tensors of all experts in the place of those of each, gate above up."""
+    each = {name: tensor for name, tensor in found.tensors.items() if ".experts." in name}
+    for name in each:
+        del found.tensors[name]
+    ends = sorted({name.rpartition(".weight")[2] for name in each})
+    for module in sorted({name.partition(".experts.")[0] for name in each}):
+        for end in ends:
+
+            def of(projection: str, module: str = module, end: str = end) -> Tensor:
+                names = (f"{module}.experts.{expert}.{projection}.weight{end}" for expert in range(EXPERTS))
+                return torch.stack([each[name] for name in names])
+
+            bytes_ = [of(name).view(torch.uint8) for name in ("gate_proj", "up_proj")]
+            found.tensors[f"{module}.experts.gate_up_proj{end}"] = torch.cat(bytes_, 1).view(of("up_proj").dtype)
+            found.tensors[f"{module}.experts.down_proj{end}"] = of("down_proj")

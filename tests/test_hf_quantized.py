@@ -11,7 +11,7 @@ import torch
 from families import eager_model, experts_of, freeze_experts, tokens
 from helpers import same_bits
 from safetensors.torch import load_file
-from shipped import LAYOUTS, Layout, Written, cells, compressed, save, write
+from shipped import LAYOUTS, Layout, Written, cells, compressed, save, stack, write
 from torch import Tensor
 
 import jitmoe
@@ -135,6 +135,29 @@ def is_shipped(folders: Written, scales: Tensor) -> bool:
         if any(way.numel() == scales.numel() and same_bits(way.reshape(scales.shape), scales) for way in ways):
             return True
     return False
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("int8-channel", (46, 27)), ("fp8-qwen3", (256, 128))])
+def test_stacked_experts_are_those_of_each_expert(name: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    folders = write(LAYOUTS[name], tmp_path, sizes)
+    expected = jitmoe.hf.from_pretrained(folders.quantised)
+    stack(folders)
+    save(folders, LAYOUTS[name].config)
+    found = jitmoe.hf.from_pretrained(folders.quantised)
+    assert same_bits(found(tokens()).logits, expected(tokens()).logits)
+    for ours, other in zip(experts_of(found).values(), experts_of(expected).values(), strict=True):
+        one, two = (module.gate_up_proj.quantized() for module in (ours, other))
+        assert all(same_bits(one[part].values, two[part].values) for part in ("gate", "up"))
+
+
+def test_squares_across_gate_and_up_are_refused(tmp_path: Path) -> None:
+    folders = write(LAYOUTS["fp8-qwen3"], tmp_path)
+    stack(folders)
+    for name in [name for name in folders.tensors if name.endswith("experts.gate_up_proj_scale_inv")]:
+        folders.tensors[name] = folders.tensors[name][:, :3].contiguous()  # 260 rows have three squares
+    save(folders, LAYOUTS["fp8-qwen3"].config)
+    with pytest.raises(UnsupportedExpertsError, match="squares of one scale lie across gate and up"):
+        jitmoe.hf.from_pretrained(folders.quantised)
 
 
 def test_the_report_names_the_format(written: Callable[..., Written], capsys: pytest.CaptureFixture[str]) -> None:
