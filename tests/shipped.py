@@ -4,6 +4,7 @@ Nothing here comes from jitmoe: an encoder and a reader with the same mistake wo
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,13 +252,16 @@ class Written:
 
 
 def write(layout: Layout, folder: Path, sizes: tuple[int, int] = (0, 0), **fields: Any) -> Written:
-    """Both checkpoints, in ``folder``."""
+    """Both checkpoints of a model of the layout's family, in ``folder``."""
     hidden, intermediate = sizes if sizes[0] else layout.sizes[0]
     name = "intermediate_size" if layout.family in ("mixtral", "gpt_oss") else "moe_intermediate_size"
-    model = eager_model(layout.family, hidden_size=hidden, **{name: intermediate, **fields})
-    found = Written(folder / "quantised", folder / "plain")
-    model.save_pretrained(found.plain)
-    model.save_pretrained(found.quantised)
+    eager_model(layout.family, hidden_size=hidden, **{name: intermediate, **fields}).save_pretrained(folder / "plain")
+    return quantise(layout, Written(folder / "quantised", folder / "plain"))
+
+
+def quantise(layout: Layout, found: Written) -> Written:
+    """Write the quantised checkpoint to its folder, from the plain one, which gets W'."""
+    shutil.copytree(found.plain, found.quantised)
     plain = load_file(found.plain / "model.safetensors")
     for weight, tensor in plain.items():
         encode = layout.encoder(weight)

@@ -10,14 +10,21 @@ import pytest
 import torch
 from families import eager_model, experts_of, freeze_experts, tokens
 from helpers import same_bits
-from safetensors.torch import load_file
-from shipped import LAYOUTS, Layout, Written, cells, compressed, save, stack, write
+from safetensors.torch import load_file, save_file
+from shipped import LAYOUTS, Layout, Written, cells, compressed, quantise, save, stack, write
 from torch import Tensor
+from training import byte_tokenizer, tiny_model
 
 import jitmoe
+from jitmoe.cli import main
 from jitmoe.errors import CheckpointError, InputError, PackedFileError, UnsupportedExpertsError
+from jitmoe.hf.checkpoint import Checkpoint
+from jitmoe.hf.shipped.source import Source
+from jitmoe.hf.train.estimate import estimate
+from jitmoe.hf.train.sketch import sketch
 from jitmoe.hf.weight import PackedWeight
 from jitmoe.oracle.formats import dequantize
+from jitmoe.quantization_config import Scheme, read_schemes
 
 pytest.importorskip("peft", reason="adapters need PEFT")
 
@@ -291,6 +298,67 @@ def test_it_is_what_transformers_expands(name: str, sizes: tuple[int, int], writ
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ours = dict(jitmoe.hf.from_pretrained(folder).named_parameters())
     assert [name for name, p in stock.named_parameters() if not same_bits(plain(ours[name]), p)] == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "scales"), [("fp8", "float32"), ("compressed", "float16"), ("compressed", "bfloat16")]
+)
+def test_a_large_matrix_is_expanded_in_pieces(layout: str, scales: str, tmp_path: Path) -> None:
+    """Scales of a dtype that the format does not have become float32, which changes no value."""
+    out, in_ = 2100, 140
+    generator = torch.Generator().manual_seed(0)
+    block = layout == "fp8"
+    end, shape = ("scale_inv", (17, 2)) if block else ("scale", (out, 1))
+    values = torch.randn(out, in_, generator=generator) * 30
+    codes = values.to(torch.float8_e4m3fn if block else torch.int8)
+    factors = (0.5 + torch.rand(shape, generator=generator)).to(getattr(torch, scales))
+    save_file({"a.weight": codes, f"a.weight_{end}": factors}, tmp_path / "a.safetensors")
+    form = "fp8_block" if block else "int8_row"
+    source = Source(Checkpoint([str(tmp_path / "a.safetensors")]), [Scheme(layout, form)])
+    wide = (
+        factors.float().repeat_interleave(128, 0)[:out].repeat_interleave(128, 1)[:, :in_] if block else factors.float()
+    )
+    assert same_bits(source.expand("a.weight", (out, in_)), (codes.float() * wide).bfloat16())
+    assert source.packing("a.weight").scale == "float32"
+
+
+def test_training_is_estimated_in_the_format(written: Callable[..., Written]) -> None:
+    found = {}
+    for name in ("int8-channel", "fp8-qwen3"):
+        folders = written(LAYOUTS[name])
+        for path in (folders.quantised, folders.plain):
+            schemes = read_schemes(LAYOUTS[name].config) if path == folders.quantised else ()
+            found[path] = sketch(path, [path / "model.safetensors"], schemes)
+            (only,) = found[path].experts
+            assert only.packing.format.name == (LAYOUTS[name].weight_format if schemes else "bfloat16")
+            memory = dict(estimate(found[path], "", 3, 64, 1, None).items)
+            model = jitmoe.hf.from_pretrained(path)
+            held = [getattr(module, leaf).packed.nbytes for module in experts_of(model).values() for leaf in WEIGHTS]
+            assert memory["experts, packed"] == sum(held)
+
+
+def test_the_command_estimates_the_format(written: Callable[..., Written], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, words in (("int8-channel", "int8_row, as the checkpoint has them"), ("int4-and-fp8", "several formats")):
+        assert main(["estimate", str(written(LAYOUTS[name]).quantised / "config.json")]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_the_command_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = Written(tmp_path / "quantised", tmp_path / "plain")
+    tiny_model("eager").save_pretrained(folders.plain)
+    byte_tokenizer().save_pretrained(folders.plain)
+    quantise(LAYOUTS["gptq"], folders)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {row} " * 5}) + "\n" for row in range(6)))
+    for name in ("quantised", "plain"):
+        options = ("--steps", "2", "--batch-size", "2", "--output", str(tmp_path / f"{name}-lora"))
+        assert main(["train", str(tmp_path / name), str(tmp_path / "rows.jsonl"), *options]) == 0
+        out = capsys.readouterr().out
+        said = "Experts stay as the checkpoint has them (int4_group, groups of 32, float16 scales)" in out
+        assert said == (name == "quantised") == ("packed int4_group" in out)
+    one, other = (
+        load_file(tmp_path / f"{name}-lora/adapter/adapter_model.safetensors") for name in ("quantised", "plain")
+    )
+    assert all(same_bits(one[name], other[name]) for name in other)
 
 
 INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
