@@ -124,7 +124,7 @@ class Packed:
             pack_experts(kernels, f"{self.name}[{expert}]", source, place, *self.layout.extent(part), self.packing)
             if not self.tensors[part].is_inference():  # inside of an operator a view counts its writes for itself
                 increment_version(self.tensors[part])
-        self.writes += 1
+        self._count_write()
 
     def take(self, other: "Packed") -> bool:
         """Copy the memory of weights that are packed alike, bit for bit; whether they are."""
@@ -132,8 +132,11 @@ class Packed:
             return False
         for part in self.parts:
             self.tensors[part].copy_(other.tensors[part])
-        self.writes += 1
+        self._count_write()
         return True
+
+    def _count_write(self) -> None:
+        self.writes += 1
 
 
 def packing_words(packing: Packing) -> str:
