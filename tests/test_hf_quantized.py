@@ -151,7 +151,7 @@ def test_stacked_experts_are_those_of_each_expert(name: str, sizes: tuple[int, i
     stack(folders)
     save(folders, LAYOUTS[name].config)
     found = jitmoe.hf.from_pretrained(folders.quantised)
-    assert same_bits(found(tokens()).logits, expected(tokens()).logits)
+    assert all(map(same_bits, map(plain, found.parameters()), map(plain, expected.parameters())))
     for ours, other in zip(experts_of(found).values(), experts_of(expected).values(), strict=True):
         one, two = (module.gate_up_proj.quantized() for module in (ours, other))
         assert all(same_bits(one[part].values, two[part].values) for part in ("gate", "up"))
@@ -165,6 +165,26 @@ def test_squares_across_gate_and_up_are_refused(tmp_path: Path) -> None:
     save(folders, LAYOUTS["fp8-qwen3"].config)
     with pytest.raises(UnsupportedExpertsError, match="squares of one scale lie across gate and up"):
         jitmoe.hf.from_pretrained(folders.quantised)
+
+
+@pytest.mark.parametrize("name", ["fp8-qwen3", "int4-kimi", "gptq", "mxfp4"])
+def test_the_loader_misses_nothing_and_has_nothing_left(name: str, written: Callable[..., Written]) -> None:
+    _, info = jitmoe.hf.from_pretrained(written(LAYOUTS[name]).quantised, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+
+
+def test_scales_of_activations_are_left_and_named(tmp_path: Path) -> None:
+    """Activations are never quantised here; the weights mean the same."""
+    folders = write(LAYOUTS["int8-channel"], tmp_path)
+    extra = "model.layers.0.self_attn.q_proj.input_scale"
+    save(
+        Written(folders.quantised, folders.plain, {**folders.tensors, extra: torch.ones(1)}),
+        LAYOUTS["int8-channel"].config,
+    )
+    model, info = jitmoe.hf.from_pretrained(folders.quantised, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {extra}
+    other = jitmoe.hf.from_pretrained(folders.plain)
+    assert all(map(same_bits, map(plain, model.parameters()), map(plain, other.parameters())))
 
 
 def test_the_report_names_the_format(written: Callable[..., Written], capsys: pytest.CaptureFixture[str]) -> None:
