@@ -101,6 +101,22 @@ def test_a_conversion_is_told_of_tensors_and_converts() -> None:
     ]
 
 
+def test_names_of_a_checkpoint_are_renamed_and_converted() -> None:
+    """The first parameters alone are given by place."""
+    found = parameters_of(loading.rename_source_key)
+    assert found[:5] == ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
+    assert parameters_of(loading.apply_renamings) == ["source_key", "weight_renamings"]
+    assert parameters_of(loading.WeightRenaming.rename_source_key) == ["self", "source_key"]
+    assert issubclass(loading.WeightRenaming, loading.WeightTransform)
+    assert not loading.WeightRenaming("a", "b").was_used()
+
+
+def test_conversions_of_a_model_can_be_asked_for() -> None:
+    mapping = pytest.importorskip("transformers.conversion_mapping")
+    assert parameters_of(mapping.get_model_conversion_mapping)[0] == "model"
+    assert callable(eager_model("qwen3_moe").get_parameter_or_buffer)
+
+
 @pytest.mark.parametrize(
     "name",
     [

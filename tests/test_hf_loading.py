@@ -147,15 +147,6 @@ def test_a_matrix_of_another_shape_is_named(tmp_path: Path) -> None:
         jitmoe.hf.from_pretrained(tmp_path)
 
 
-def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
-    saved("qwen3_moe", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedExpertsError, match=r"are quantised.*from bfloat16"):
-        jitmoe.hf.from_pretrained(tmp_path)
-
-
 def test_models_that_are_not_understood_are_refused_before_reading(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -177,7 +177,7 @@ class TestRefusals:
             (without("model.safetensors"), "lacks 1 of 1 files of weights: model.safetensors"),
             (truncated, "model.safetensors is damaged"),
             (no_tokenizer, "has no tokenizer"),
-            (with_config(quantization_config={"quant_method": "fp8"}), "are quantised (fp8)"),
+            (with_config(quantization_config={"quant_method": "awq"}), "quant_method 'awq' is none that jitmoe knows"),
             (with_config(model_type="qwen3"), "Qwen3ForCausalLM has no experts"),
             (with_config(hidden_act="gelu"), "Qwen3MoeExperts cannot run on jitmoe: its activation (GELU"),
             (with_config(vocab_size=100), "and the model knows 100 tokens"),

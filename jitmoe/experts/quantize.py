@@ -119,7 +119,7 @@ def quantize(
             found.append(quantized)
             losses.append(loss)
         sources[name] = Quantized(torch.stack([q.values for q in found]), torch.stack([q.scales for q in found]))
-        errors[name] = _error(losses)
+        errors[name] = error_of(losses)
     return sources, QuantizationReport(weight_format, errors)
 
 
@@ -132,8 +132,8 @@ def quantize_matrix(packing: Packing, matrix: Tensor) -> tuple[Quantized, Loss]:
         packing: of a quantised format.
         matrix: bfloat16, float16 or float32; each weight becomes the code nearest to it as it is.
     """
-    quantized = _quantized(packing, matrix.float())
-    return quantized, _loss(packing, quantized, matrix)
+    quantized = _encode(packing, matrix.float())
+    return quantized, loss_of(packing, quantized, matrix)
 
 
 def nonfinite(matrix: Tensor) -> tuple[int, int] | None:
@@ -144,8 +144,8 @@ def nonfinite(matrix: Tensor) -> tuple[int, int] | None:
     return row, column
 
 
-def _quantized(packing: Packing, matrix: Tensor) -> Quantized:
-    """Codes and scales of one matrix [out, in], float32."""
+def _encode(packing: Packing, matrix: Tensor) -> Quantized:
+    """Nearest codes, and scales, of one matrix [out, in], float32; see :func:`quantize`."""
     out, in_ = matrix.shape
     scales = _scales(packing, matrix)
     wide = scales_of(packing, scales, out, in_)
@@ -200,7 +200,8 @@ ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
 """From codes as float32 [out, in] to values as shipped."""
 
 
-def _loss(packing: Packing, quantized: Quantized, matrix: Tensor) -> Loss:
+def loss_of(packing: Packing, quantized: Quantized, matrix: Tensor) -> Loss:
+    """What one matrix [out, in] loses as ``quantized``."""
     exact = matrix.double()
     error = dequantize(packing, quantized.values, quantized.scales, *matrix.shape).double() - exact
     return Loss(
@@ -208,8 +209,8 @@ def _loss(packing: Packing, quantized: Quantized, matrix: Tensor) -> Loss:
     )
 
 
-def _error(losses: list[Loss]) -> QuantizationError:
-    """Of the experts' losses."""
+def error_of(losses: list[Loss]) -> QuantizationError:
+    """What a projection loses whose experts lose ``losses``."""
     whole = sum(losses, Loss())
     expert = max(range(len(losses)), key=lambda expert: losses[expert].rms)
     return QuantizationError(whole.rms, whole.largest, worst=losses[expert].rms, expert=expert)

@@ -1,6 +1,7 @@
 """An experts module of transformers on our kernels: packed at its first call, called with whatever PEFT has active."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ from jitmoe.errors import FrozenWeightsError, InputError, UnsupportedExpertsErro
 from jitmoe.experts.functional import Base, moe_experts, pack_base
 from jitmoe.experts.pack import PackedExperts
 from jitmoe.experts.passes import spec_of
+from jitmoe.formats import Packing
 from jitmoe.hf import peft_lora
 from jitmoe.hf.layout import PARTS, Layout, WeightName
-from jitmoe.hf.packed import Packed
+from jitmoe.hf.packed import Packed, packing_words
 from jitmoe.hf.understand import BIASES, Understood, class_name, refused, understand
 from jitmoe.hf.weight import PackedWeight
 
@@ -112,6 +114,7 @@ def prepare(module: Any) -> Prepared:
     for name in PARTS:
         pack_parameter(module, name, understood)
     packed: list[Packed] = [module._parameters[name].packed for name in PARTS]
+    understood = replace(understood, packing=packing_of(module, packed))
     tensors = {part: tensor for memory in packed for part, tensor in memory.tensors.items()}
     biases = _biases(module, understood)
     base = pack_base(understood.config(), *(PackedExperts(tensors[part]) for part in ("gate", "up", "down")), **biases)
@@ -128,6 +131,23 @@ def pack_parameter(module: Any, name: WeightName, understood: Understood) -> Non
         return
     packed = Packed.of(understood.layout, name, partial(_parts, understood.layout, name, plain.detach()))
     module._parameters[name] = nn.Parameter(PackedWeight(packed), plain.requires_grad)
+
+
+def packing_of(module: Any, packed: Sequence[Packed]) -> Packing:
+    """The one packing of the weights of a module.
+
+    Raises:
+        UnsupportedExpertsError: they have several.
+    """
+    first, *rest = packed
+    for other in rest:
+        if other.packing != first.packing:
+            raise refused(
+                module,
+                f"its {first.name} is packed in {packing_words(first.packing)} and its {other.name} in "
+                f"{packing_words(other.packing)}; jitmoe.hf.unpack(model) makes both bfloat16",
+            )
+    return first.packing
 
 
 def _parts(layout: Layout, name: WeightName, weight: Tensor, expert: int) -> list[Tensor]:

@@ -1,13 +1,16 @@
 """How an experts module keeps its weights: fused, transposed or interleaved, and back to gate, up and down."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from jitmoe.config import MoEConfig
+from jitmoe.experts.quantized import Quantized
+from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.plan.shapes import plan_kernels
@@ -55,6 +58,19 @@ class Layout:
             return [rows[..., start :: len(parts), :] for start in range(len(parts))]
         return list(rows.chunk(len(parts), dim=-2))
 
+    def split_any(self, matrix: Tensor | Quantized, parts: tuple[str, ...]) -> Sequence[Tensor | Quantized]:
+        """:meth:`split`, also of quantised matrices: always [out, in], and a part's rows have their own scales."""
+        if not isinstance(matrix, Quantized):
+            return self.split(matrix, parts)
+        halves = (self._outputs(tensor, len(parts)) for tensor in (matrix.values, matrix.scales))
+        return [Quantized(values, scales) for values, scales in zip(*halves, strict=True)]
+
+    def _outputs(self, tensor: Tensor, parts: int) -> Sequence[Tensor]:
+        """Rows of each part of [out, ...]."""
+        if self.interleaved:
+            return [tensor[start::parts] for start in range(parts)]
+        return tensor.chunk(parts)
+
     def join(self, matrices: list[Tensor]) -> Tensor:
         """The inverse of :meth:`split`, contiguous."""
         rows = matrices[0]
@@ -76,12 +92,20 @@ class Layout:
             return b.view(experts, self.intermediate, 2, rank).transpose(1, 2)
         return b.view(experts, 2, self.intermediate, rank)
 
-    def packing_kernels(self) -> kernels.Kernels:
-        """An instance that packs and unpacks matrices of these sizes."""
-        return _packing_kernels(self.experts, self.hidden, self.intermediate)
+    def packing_kernels(self, packing: Packing = BFLOAT16) -> kernels.Kernels:
+        """An instance that packs and unpacks matrices of these sizes in this format."""
+        return _packing_kernels(self.experts, self.hidden, self.intermediate, packing)
 
 
 @lru_cache(maxsize=64)
-def _packing_kernels(experts: int, hidden: int, intermediate: int) -> kernels.Kernels:
-    config = MoEConfig(experts, hidden, intermediate, top_k=1, lora_rank=0)
+def _packing_kernels(experts: int, hidden: int, intermediate: int, packing: Packing) -> kernels.Kernels:
+    config = MoEConfig(experts, hidden, intermediate, top_k=1, lora_rank=0, **options_of(packing))
     return kernels.load(plan_kernels(config, resolve_isa(config.requested_isa)).shapes[-1])
+
+
+def options_of(packing: Packing) -> dict[str, Any]:
+    """The fields of :class:`~jitmoe.config.MoEConfig` that say this packing."""
+    if not packing.quantized:
+        return {}
+    group = packing.group if packing.format.name == "int4_group" else 32
+    return {"weight_format": packing.format.name, "group_size": group, "scale_dtype": packing.scale}

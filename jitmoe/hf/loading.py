@@ -1,6 +1,8 @@
 """Models from checkpoints, with experts that are packed as they are read."""
 
+import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from jitmoe.errors import CheckpointError, UnsupportedExpertsError
 from jitmoe.hf.packed_folder import PackedFolder
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.hf.registry import register
+from jitmoe.quantization_config import Scheme, read_schemes
 
 
 def from_pretrained(
@@ -22,7 +25,9 @@ def from_pretrained(
 ) -> Any:
     """Load a model as ``AutoModelForCausalLM.from_pretrained`` does, with experts packed straight from the files.
 
-    Experts are read and packed one matrix at a time: what is held at once is the model and one expert.
+    Experts are read and packed one matrix at a time: what is held at once is the model and one expert. Where they are
+    quantised (fp8 in 128 x 128 blocks, compressed-tensors, symmetric GPTQ, mxfp4) they stay so, and compute what
+    bfloat16(code * scale) would; all other weights are expanded to that.
 
     Args:
         folder: a checkpoint in safetensors files.
@@ -36,7 +41,8 @@ def from_pretrained(
         The model, as transformers makes it, in evaluation mode and with ``experts_implementation="jitmoe"``.
 
     Raises:
-        UnsupportedExpertsError: experts that jitmoe has no kernel for, or a checkpoint whose weights are quantised.
+        UnsupportedExpertsError: experts that jitmoe has no kernel for, or weights quantised in a way that it does not
+            read; nothing was read yet.
         CheckpointError: no such folder, or the checkpoint lacks tensors, or holds ones that cannot be packed.
         PackedFileError: ``packed`` cannot be written or read, or holds the experts of another checkpoint.
     """
@@ -49,18 +55,27 @@ def from_pretrained(
         raise CheckpointError(
             f"{folder} is no folder; name one with a checkpoint (huggingface_hub.snapshot_download(name) makes one)"
         )
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
-    if getattr(config.get_text_config(), "quantization_config", getattr(config, "quantization_config", None)):
-        raise UnsupportedExpertsError(
-            f"the weights in {folder} are quantised; jitmoe packs experts from bfloat16. Load them with transformers' "
-            f"from_pretrained(dtype=torch.bfloat16), dequantised where its config allows it"
-        )
+    config = copy.deepcopy(kwargs.pop("config", None) or AutoConfig.from_pretrained(folder))
+    schemes = _take_schemes(config, folder)
     packing.offer()
     kept = None if packed is None else PackedFolder(Path(packed), verify)
     return (model_class or AutoModelForCausalLM).from_pretrained(
         folder,
         config=config,
         experts_implementation=IMPLEMENTATION,
-        quantization_config=packing.PackingConfig(kept),
+        quantization_config=packing.PackingConfig(kept, schemes),
         **{"dtype": torch.bfloat16, **kwargs},
     )
+
+
+def _take_schemes(config: Any, folder: str | os.PathLike[str]) -> tuple[Scheme, ...]:
+    """How the weights are quantised, off the config: transformers would choose its own loader by it."""
+    for holder in (config, config.get_text_config()):
+        found = getattr(holder, "quantization_config", None)
+        if found:
+            del holder.quantization_config
+            try:
+                return read_schemes(found if isinstance(found, Mapping) else found.to_dict())
+            except UnsupportedExpertsError as error:
+                raise UnsupportedExpertsError(f"{folder}: {error}") from error
+    return ()

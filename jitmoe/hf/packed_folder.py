@@ -62,7 +62,8 @@ class PackedFolder:
         if module not in self._mapped:
             experts = open_packed(self._file(module), understood.config(), self.verify)
             self._mapped[module] = {part: packed.tensor for part, packed in experts.items()}
-        return Packed(understood.layout, name, {part: self._mapped[module][part] for part in PARTS[name]})
+        tensors = {part: self._mapped[module][part] for part in PARTS[name]}
+        return Packed(understood.layout, name, tensors, understood.packing)
 
     def keep(self, module: str, packed: Packed, understood: Understood) -> Packed:
         """Write a module's file as soon as all its weights are there, and let them lie in it from then on."""

@@ -6,8 +6,10 @@ from typing import Any
 from torch import nn
 
 from jitmoe.errors import UnsupportedExpertsError
-from jitmoe.hf.experts import PREPARED, Prepared
+from jitmoe.formats import BFLOAT16
+from jitmoe.hf.experts import PREPARED, Prepared, packing_of
 from jitmoe.hf.layout import PARTS
+from jitmoe.hf.packed import packing_words
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.hf.understand import class_name, is_experts, understand
 from jitmoe.hf.weight import PackedWeight
@@ -46,10 +48,23 @@ def _state(module: Any, wrappers: list[Any]) -> str:
     sizes = f"{layout.experts} experts {layout.hidden}x{layout.intermediate}, {understood.activation}"
     sizes += ", biases" if understood.bias else ""
     prepared: Prepared | None = module.__dict__.get(PREPARED)
-    packed = all(isinstance(module._parameters[name], PackedWeight) for name in PARTS)
     isa = resolve_isa(understood.config().requested_isa) if prepared is None else prepared.base.isa
-    state = f"{describe(isa)}, {'packed bfloat16' if packed else 'packed at the first call'}"
+    state = f"{describe(isa)}, {_packed(module)}"
     return f"jitmoe, {sizes}, {state}, {_adapters(wrappers)}"
+
+
+def _packed(module: Any) -> str:
+    """The format, and the bytes that it takes beside bfloat16."""
+    weights = [module._parameters[name] for name in PARTS]
+    memory = [weight.packed for weight in weights if isinstance(weight, PackedWeight)]
+    if len(memory) < len(weights):
+        return "packed at the first call"
+    packing = packing_of(module, memory)
+    if not packing.quantized:
+        return "packed bfloat16"
+    layout = memory[0].layout
+    plain = sum(layout.experts * BFLOAT16.packed_bytes(*layout.extent(part)) for one in memory for part in one.parts)
+    return f"packed {packing_words(packing)}, {sum(one.nbytes for one in memory) / plain:.2f} of bfloat16"
 
 
 def _adapters(wrappers: list[Any]) -> str:

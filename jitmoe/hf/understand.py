@@ -9,7 +9,8 @@ from torch import nn
 
 from jitmoe.config import Activation, MoEConfig
 from jitmoe.errors import UnsupportedExpertsError
-from jitmoe.hf.layout import PARTS, Layout
+from jitmoe.formats import BFLOAT16, Packing
+from jitmoe.hf.layout import PARTS, Layout, options_of
 from jitmoe.oracle import reference
 
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
@@ -28,6 +29,7 @@ class Understood:
         alpha: of the activation.
         limit: of the activation.
         bias: it has biases.
+        packing: what its weights are kept in; a module whose weights are not packed does not know it.
     """
 
     layout: Layout
@@ -35,6 +37,7 @@ class Understood:
     alpha: float
     limit: float
     bias: bool
+    packing: Packing = BFLOAT16
 
     def config(self) -> MoEConfig:
         """Of the base; top_k and skipping are facts of a call."""
@@ -50,6 +53,7 @@ class Understood:
             activation_alpha=self.alpha,
             activation_limit=self.limit,
             bias=self.bias,
+            **options_of(self.packing),
         )
 
 

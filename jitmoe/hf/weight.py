@@ -8,6 +8,7 @@ without that, and it says so.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from jitmoe.errors import InputError, InputTypeError
+from jitmoe.experts.quantized import Quantized
+from jitmoe.hf import views
 from jitmoe.hf.packed import Packed
+from jitmoe.hf.rewrite import rewrite
 
 aten = torch.ops.aten
 
@@ -67,14 +71,39 @@ class PackedWeight(Tensor):
         return self.experts == range(self.packed.layout.experts) and self.parts == self.packed.parts
 
     def unpack(self) -> Tensor:
-        """A plain copy, contiguous and bit for bit what was packed."""
+        """A plain copy, contiguous and bit for bit what was packed; of quantised weights bfloat16(code * scale)."""
         single = isinstance(self.experts, int)
         read = self.packed.read([self.experts] if isinstance(self.experts, int) else self.experts, self.parts)
         return read[0] if single else read
 
+    def quantized(self) -> dict[str, Quantized]:
+        """Values and scales as the checkpoint had them, bit for bit, by projection: stacked [E, ...] as those are.
+
+        Raises:
+            InputError: they are bfloat16 and have no scales.
+        """
+        if isinstance(self.experts, int):
+            found = self.packed.quantized([self.experts], self.parts)
+            return {part: both[0] for part, both in found.items()}
+        return self.packed.quantized(self.experts, self.parts)
+
+    def shown(self, experts: Sequence[int] | int, parts: tuple[str, ...] | None = None) -> "PackedWeight":
+        """Other experts, or other projections, of the same memory."""
+        return PackedWeight(self.packed, experts, parts or self.parts)
+
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """A plain copy: whoever asks for contiguous memory is going to read it."""
+        """A plain copy: whoever asks for contiguous memory is going to read or save it."""
+        self._warn_of_expansion()
         return self.unpack()
+
+    def _warn_of_expansion(self) -> None:
+        if self.packed.packing.quantized:
+            warnings.warn(
+                f"experts that are kept in {self.packed.packing.format.name} are written out as bfloat16: what is "
+                f"saved is a bfloat16 model, with the values that this one computes with (adapters that PEFT saves are "
+                f"not concerned)",
+                stacklevel=3,
+            )
 
     def data_ptr(self) -> int:
         """Refuse: there is no memory in the weight's own layout, and savers would write nothing.
@@ -110,7 +139,10 @@ class PackedWeight(Tensor):
             self.copy_(value)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PackedWeight({self.packed.name}, shape={list(self.shape)}, dtype={self.dtype}, packed for jitmoe)"
+        kept = f" in {self.packed.packing.format.name}" if self.packed.packing.quantized else ""
+        return (
+            f"PackedWeight({self.packed.name}, shape={list(self.shape)}, dtype={self.dtype}, packed for jitmoe{kept})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -124,6 +156,7 @@ class PackedWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Files hold plain weights: whoever loads them may have no jitmoe."""
+        self._warn_of_expansion()
         plain = self.unpack()
         if isinstance(self, nn.Parameter):
             plain = nn.Parameter(plain, self.requires_grad)
@@ -172,17 +205,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed
     return None
 
 
-def _same(func: Any, weight: PackedWeight, *_: Any, **__: Any) -> Any:
-    return PackedWeight(weight.packed, weight.experts, weight.parts)
-
-
 def _clone(func: Any, weight: PackedWeight, **_: Any) -> Any:
     if not weight.whole:
         return weight.unpack()
-    packed = weight.packed
     with torch.inference_mode(False):
-        tensors = {part: tensor.clone() for part, tensor in packed.tensors.items()}
-    return PackedWeight(Packed(packed.layout, packed.name, tensors))
+        tensors = {part: tensor.clone() for part, tensor in weight.packed.tensors.items()}
+    return PackedWeight(replace(weight.packed, tensors=tensors, writes=0))
 
 
 def _to(func: Any, weight: PackedWeight, **kwargs: Any) -> Any:
@@ -202,7 +230,9 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
         return func(target, source.unpack(), non_blocking)
     if source.shape != target.shape:
         source = source.expand(target.shape)
-    return _rewrite(target, lambda expert, _: source[expert].to("cpu", torch.bfloat16))
+    if isinstance(source, PackedWeight) and source.whole and target.whole and target.packed.take(source.packed):
+        return target
+    return _rewrite(target, lambda expert, old: source[expert].to("cpu", old.dtype))
 
 
 def _add(func: Any, target: Any, other: Any, **kwargs: Any) -> Any:
@@ -213,80 +243,27 @@ def _add(func: Any, target: Any, other: Any, **kwargs: Any) -> Any:
 
 
 def _rewrite(target: PackedWeight, new_of: Callable[[int, Tensor], Tensor]) -> PackedWeight:
-    """Replace each expert's matrix; whoever computes next prepares anew."""
     if not target.whole:
         raise InputTypeError(f"a part of {target.packed.name}, packed for jitmoe, cannot be written: write all of it")
-    for expert in range(target.packed.layout.experts):
-        old = target.packed.read([expert], target.parts)[0]
-        target.packed.write(expert, new_of(expert, old))
+    rewrite(target.packed, new_of)
     return target
 
 
-def _empty_like(func: Any, weight: PackedWeight, *args: Any, **kwargs: Any) -> Any:
-    kwargs.setdefault("device", "cpu")
-    return func(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), *args, **kwargs)
-
-
-def _select(func: Any, weight: PackedWeight, dim: int, index: int) -> Any:
-    if dim not in (0, -weight.dim()) or isinstance(weight.experts, int):
-        return NotImplemented
-    return PackedWeight(weight.packed, weight.experts[int(index)], weight.parts)
-
-
-def _index(func: Any, weight: PackedWeight, indices: list[Tensor | None]) -> Any:
-    """Of integers along the experts: unpack these alone."""
-    if len(indices) != 1 or indices[0] is None or indices[0].dtype == torch.bool or isinstance(weight.experts, int):
-        return NotImplemented
-    experts = weight.experts
-    chosen = [experts[i] for i in indices[0].flatten().tolist()]
-    read = weight.packed.read(chosen, weight.parts)
-    return read.view(*indices[0].shape, *read.shape[1:]) if indices[0].dim() else read[0]
-
-
-def _slice(func: Any, weight: PackedWeight, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    if isinstance(weight.experts, int):
-        return NotImplemented
-    if dim in (0, -weight.dim()):
-        return PackedWeight(weight.packed, weight.experts[slice(start, end, step)], weight.parts)
-    whole = slice(start, end, step).indices(weight.shape[dim]) == (0, weight.shape[dim], 1)
-    return _same(func, weight) if whole else NotImplemented
-
-
-def _split(func: Any, weight: PackedWeight, size: int, dim: int = 0) -> Any:
-    """Of gate and up where they follow each other, and of the experts; as views."""
-    layout, dim = weight.packed.layout, dim % weight.dim()
-    if isinstance(weight.experts, int):
-        return NotImplemented
-    if dim == 0:
-        starts = range(0, len(weight.experts), size)
-        return [PackedWeight(weight.packed, weight.experts[s : s + size], weight.parts) for s in starts]
-    rows = 2 if layout.transposed else 1
-    if dim == rows and size == layout.intermediate and weight.parts == ("gate", "up") and not layout.interleaved:
-        return [PackedWeight(weight.packed, weight.experts, (part,)) for part in weight.parts]
-    return NotImplemented
-
-
-def _unbind(func: Any, weight: PackedWeight, dim: int = 0) -> Any:
-    if dim != 0 or isinstance(weight.experts, int):
-        return NotImplemented
-    return [PackedWeight(weight.packed, expert, weight.parts) for expert in weight.experts]
-
-
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh.default: _same,
+    aten.detach.default: views.same,
+    aten.alias.default: views.same,
+    aten.lift_fresh.default: views.same,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy,
     aten.add_.Tensor: _add,
     aten.sub_.Tensor: _add,
-    aten.empty_like.default: _empty_like,
-    aten.zeros_like.default: _empty_like,
-    aten.ones_like.default: _empty_like,
-    aten.select.int: _select,
-    aten.index.Tensor: _index,
-    aten.slice.Tensor: _slice,
-    aten.split.Tensor: _split,
-    aten.unbind.int: _unbind,
+    aten.empty_like.default: views.empty_like,
+    aten.zeros_like.default: views.empty_like,
+    aten.ones_like.default: views.empty_like,
+    aten.select.int: views.select,
+    aten.index.Tensor: views.index,
+    aten.slice.Tensor: views.slice_,
+    aten.split.Tensor: views.split,
+    aten.unbind.int: views.unbind,
 }

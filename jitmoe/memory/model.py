@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jitmoe.config import read_fields
-from jitmoe.errors import ConfigError
+from jitmoe.errors import ConfigError, UnsupportedExpertsError
 from jitmoe.memory.layers import LAYER_FIELDS, count_expert_layers
+from jitmoe.quantization_config import find_config, read_schemes
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Model:
     """The Mixture-of-Experts part of a transformers model.
 
     Attributes:
-        fields: sizes under the names of :class:`~jitmoe.config.MoEConfig`.
+        fields: sizes, and the format of quantised weights, under the names of :class:`~jitmoe.config.MoEConfig`.
         layers: number of layers with experts.
         notes: what jitmoe does not compute of these experts, and what options replaced, for people.
     """
 
-    fields: dict[str, int]
+    fields: dict[str, Any]
     layers: int
     notes: tuple[str, ...]
 
@@ -82,10 +83,31 @@ def read_model(path: Path, given: Mapping[str, int] | None = None, layers: int |
     _refuse_two_matrices(path, content)
     if layers is None or not {"num_experts", "intermediate_size", "top_k"} <= given.keys():
         _refuse_unknown(path, content)
-    found = {field: _first(path, content, field, given) for field in NAMES}
+    found: dict[str, Any] = {field: _first(path, content, field, given) for field in NAMES}
+    weights, notes = _weight_format(whole)
     if layers is None:
         layers = _count_layers(path, content)
-    return Model(found, layers, (*_notes(content), *_other_parts(whole, content), *_replaced(content, given)))
+    notes = (*_notes(content), *notes, *_other_parts(whole, content), *_replaced(content, given))
+    return Model(found | weights, layers, notes)
+
+
+def _weight_format(content: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields for the experts of a quantised checkpoint, and what to say of them."""
+    config = find_config(content)
+    if config is None:
+        return {}, ()
+    try:
+        first, *others = read_schemes(config)
+    except UnsupportedExpertsError as error:
+        return {}, (f"the experts are counted as bfloat16: {error}",)
+    if others:
+        names = ", ".join(scheme.weight_format for scheme in (first, *others))
+        return {}, (f"the weights are in several formats ({names}), and the experts are counted as bfloat16: give "
+                    f"--weight-format",)  # fmt: skip
+    fields: dict[str, Any] = {"weight_format": first.weight_format}
+    if first.group:
+        fields["group_size"] = first.group
+    return fields, (f"the experts are counted as {first.weight_format}, as the checkpoint has them",)
 
 
 def _count_layers(path: Path, content: Mapping[str, Any]) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jitmoe.config import read_fields
-from jitmoe.errors import ConfigError, TrainError
+from jitmoe.errors import ConfigError, TrainError, UnsupportedExpertsError
+from jitmoe.quantization_config import Scheme, find_config, read_schemes
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
@@ -21,20 +22,25 @@ class ModelFolder:
 
     Attributes:
         path: of the folder.
+        shards: files of weights.
         dtypes: of the weights, as safetensors names them: "BF16", "F32".
         digest: of the config and of the names, shapes and dtypes of the weights.
+        schemes: how weights are quantised; none where they are not.
     """
 
     path: Path
+    shards: tuple[Path, ...]
     dtypes: tuple[str, ...]
     digest: str
+    schemes: tuple[Scheme, ...]
 
 
 def open_folder(path: Path) -> ModelFolder:
     """Look at ``path``.
 
     Raises:
-        TrainError: it is no folder, lacks config, weights or tokenizer, or its weights are quantised or damaged.
+        TrainError: it is no folder, lacks config, weights or tokenizer, or its weights are damaged, or
+            quantised in a way that jitmoe does not read.
     """
     if not path.is_dir():
         raise TrainError(f"{path} is not a folder: give a local checkpoint with config.json, weights and tokenizer")
@@ -45,15 +51,16 @@ def open_folder(path: Path) -> ModelFolder:
         shards = [path / name for name in _shards(path)]
     except ConfigError as error:
         raise TrainError(str(error)) from error
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise TrainError(f"the weights in {path} are quantised ({method}): jitmoe trains on bfloat16 or float32 ones")
+    found = find_config(config)
+    try:
+        schemes = () if found is None else read_schemes(found)
+    except UnsupportedExpertsError as error:
+        raise TrainError(f"{path}: {error}") from error
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise TrainError(f"{path} has no tokenizer ({', '.join(TOKENIZERS)}): copy that of the model into the folder")
     headers = [header for shard in shards for header in _headers(shard)]
     digest = hashlib.sha256((path / "config.json").read_bytes() + repr(sorted(headers)).encode()).hexdigest()
-    return ModelFolder(path, tuple(sorted({dtype for _, _, dtype in headers})), digest)
+    return ModelFolder(path, tuple(shards), tuple(sorted({dtype for _, _, dtype in headers})), digest, schemes)
 
 
 def _shards(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from jitmoe.errors import TrainError
 from jitmoe.hf import registry
+from jitmoe.hf.packed import packing_words
 from jitmoe.hf.train import picture
 from jitmoe.hf.train.estimate import HOW, TrainEstimate, estimate
 from jitmoe.hf.train.folder import ModelFolder, open_folder
@@ -70,7 +71,10 @@ class Job:
         if self.estimate.unknown:
             yield f"Memory: {self.estimate.unknown}"
         other = [name for name in self.folder.dtypes if name != "BF16"]
-        if other:
+        if self.folder.schemes:
+            kept = sorted({packing_words(experts.packing) for experts in self.sketch.experts})
+            yield f"Experts stay as the checkpoint has them ({'; '.join(kept)}); all other weights become bfloat16"
+        elif other:
             yield f"The checkpoint has weights in {', '.join(other)}: all are loaded as bfloat16"
         if not picture.can_draw():
             yield "matplotlib is not installed: no picture of the loss will be drawn (pip install 'jitmoe[examples]')"
@@ -87,7 +91,7 @@ def prepare(options: Options) -> Job:
     folder = open_folder(options.model)
     rows, digest = read_rows(options.data)
     registry.register()
-    found = sketch(options.model)
+    found = sketch(options.model, folder.shards, folder.schemes)
     tokenizer = load_tokenizer(options.model)
     data = encode(rows, tokenizer, options.max_length)
     if data.largest >= found.vocabulary:

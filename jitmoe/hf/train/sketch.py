@@ -2,9 +2,9 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jitmoe.errors import TrainError, UnsupportedExpertsError
+from jitmoe.formats import Packing
+from jitmoe.hf.checkpoint import Checkpoint
 from jitmoe.hf.layout import PARTS
+from jitmoe.hf.shipped.source import Source
 from jitmoe.hf.understand import Understood, class_name, is_experts, understand
+from jitmoe.quantization_config import Scheme
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linear layers that get LoRA beside the experts, where a model has them."""
@@ -45,11 +49,17 @@ class Sketch:
     vocabulary: int
 
 
-def sketch(path: Path) -> Sketch:
+def sketch(path: Path, shards: Sequence[Path] = (), schemes: Sequence[Scheme] = ()) -> Sketch:
     """The model of the checkpoint in ``path``.
+
+    Args:
+        path: its folder.
+        shards: its files of weights, whose headers tell the formats of experts where there are ``schemes``.
+        schemes: how weights are quantised.
 
     Raises:
         TrainError: transformers cannot make a language model of its config.
+        CheckpointError: tensors of a quantised weight are missing or contradict each other.
         UnsupportedExpertsError: it has no experts, or some that jitmoe does not compute; names class and reason.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,7 +71,9 @@ def sketch(path: Path) -> Sketch:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise TrainError(f"transformers makes no language model of {path / 'config.json'}: {error}") from error
     experts = list(experts_of(model))
-    found = Counter(understand(module) for module in experts)
+    understood = {name: understand(module) for name, module in model.named_modules() if module in experts}
+    packings = _packings(model, understood, shards, schemes)
+    found = Counter(replace(one, packing=packings.get(name, one.packing)) for name, one in understood.items())
     if not found:
         raise UnsupportedExpertsError(f"{type(model).__name__} has no experts: jitmoe has nothing to do in it")
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -70,6 +82,21 @@ def sketch(path: Path) -> Sketch:
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     vocabulary = model.get_input_embeddings().num_embeddings
     return Sketch(model, found, _top_k(experts[0]), attention, _parameters(model), others, vocabulary)
+
+
+def _packings(
+    model: Any, understood: Mapping[str, Understood], shards: Sequence[Path], schemes: Sequence[Scheme]
+) -> dict[str, Packing]:
+    """What the experts modules will be kept in; those that are not named, in bfloat16."""
+    if not schemes:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from jitmoe.hf.shipped.places import Targets, packings_of
+
+    source = Source(Checkpoint(map(str, shards)), schemes)
+    layouts = {name: one.layout for name, one in understood.items()}
+    return packings_of(layouts, source, Targets(model, get_model_conversion_mapping(model)))
 
 
 def experts_of(model: nn.Module) -> Iterator[Any]:

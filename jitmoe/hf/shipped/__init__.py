@@ -1,0 +1,1 @@
+"""Quantised weights in the layouts of public checkpoints."""
