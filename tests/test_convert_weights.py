@@ -267,6 +267,26 @@ def test_transformers_loads_fp8(family: str, tmp_path: Path) -> None:
     assert same_bits(one, other) and not torch.equal(one, before)
 
 
+@pytest.mark.parametrize(
+    ("family", "weight_format"), [("qwen3_moe", "int4_group"), ("mixtral", "int8_row"), ("deepseek_v3", "fp8_block")]
+)
+def test_jitmoe_computes_with_what_it_wrote(family: str, weight_format: WrittenFormat, tmp_path: Path) -> None:
+    """Experts in the new format, which hold the weights that the files decode to by an independent decoder."""
+    eager_model(family).save_pretrained(tmp_path / "source")
+    convert_weights(tmp_path / "source", tmp_path / "made", weight_format)
+    made = read_folder(tmp_path / "made")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    for name, tensor in tensors.items():
+        if found := EXPERT.fullmatch(name):
+            weights = decode(made, found[1], weight_format, *tensor.shape, 32).weights
+            tensors[name] = torch.from_numpy(weights).bfloat16()
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    ours, plain = (jitmoe.hf.from_pretrained(tmp_path / folder) for folder in ("made", "source"))
+    assert f"packed {weight_format}" in jitmoe.hf.report(ours)
+    with torch.no_grad():
+        assert same_bits(*(model(tokens()).logits for model in (ours, plain)))
+
+
 def test_families_have_the_names_of_transformers() -> None:
     """transformers stacks tensors of these names, gate before up."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping as mapping_of

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,19 @@ def test_values_that_have_no_code_are_refused_and_nothing_is_written(written: Ca
     assert same_bits(plain(weight), before)
     with pytest.raises(InputError, match="packed in bfloat16 and has no scales"):
         experts(jitmoe.hf.from_pretrained(written(LAYOUTS["int8-channel"]).plain)).down_proj.quantized()
+
+
+def test_plain_experts_under_a_config_that_says_otherwise_are_named(
+    written: Callable[..., Written], tmp_path: Path
+) -> None:
+    folders = written(LAYOUTS["int8-channel"])
+    shutil.copytree(folders.plain, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    quantised = json.loads((folders.quantised / "config.json").read_text())
+    config["quantization_config"] = quantised["quantization_config"]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="says int8_row, and the experts of model.layers.*packed in bfloat16"):
+        jitmoe.hf.from_pretrained(tmp_path / "model")
 
 
 def test_unpacked_experts_are_plain(written: Callable[..., Written]) -> None:

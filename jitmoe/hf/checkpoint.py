@@ -58,7 +58,7 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """Of a tensor likewise, by torch's name; by that of safetensors where torch has none."""
         found = self._file(name).outlines[name][0]
-        return DTYPES.get(found, found)
+        return DTYPES.get(found) or found
 
     def raw(self, name: str, expert: int | None = None) -> Tensor:
         """A tensor as it is, or an expert's part of a stacked one [E, ...].

@@ -6,6 +6,7 @@ that are quantised are expanded to bfloat16.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,7 @@ class Packer(HfQuantizer):  # type: ignore[misc]
                 self.understood[module] = replace(self.understood[module], packing=packing)
             mine = set(filter(None, (_left(targets, name) for name in self.source.quantized)))
             conversions = [WeightNames(self.source), *conversions, Quantised(mine)]
+        self._warn_of_plain()
         if self.folder is not None:
             self.folder.open(self.source.checkpoint.fingerprint())
         return conversions
@@ -122,6 +124,17 @@ class Packer(HfQuantizer):  # type: ignore[misc]
         module, name = place
         split = self.understood[module].layout.split_any
         return self.pack(param_name, lambda expert: split(matrix_of(expert), PARTS[name]))
+
+    def _warn_of_plain(self) -> None:
+        plain = [name for name, understood in self.understood.items() if not understood.packing.quantized]
+        if plain and self.quantization_config.schemes:
+            formats = " and ".join(dict.fromkeys(scheme.weight_format for scheme in self.quantization_config.schemes))
+            warnings.warn(
+                f"the checkpoint's quantization_config says {formats}, and the experts of {plain[0]}"
+                f"{f' and {len(plain) - 1} more modules' if len(plain) > 1 else ''} have plain weights in its files: "
+                f"they are packed in bfloat16",
+                stacklevel=2,
+            )
 
     def _place(self, param_name: str) -> tuple[str, WeightName] | None:
         """The experts module and the weight of this name."""

@@ -36,7 +36,7 @@ def _requantize(packed: Packed, new_of: NewOf) -> None:
         for part, matrix in _new_parts(packed, new_of, expert).items():
             if place := nonfinite(matrix):
                 at = f"{packed.name} ({part})[{expert}, {place[0]}, {place[1]}]"
-                raise InputError(f"{at} would be {matrix[place].item()}: it has no code")
+                raise InputError(f"{at} is {matrix[place].item()}: it has no code")
     losses: dict[str, list[Loss]] = {part: [] for part in packed.parts}
     changed = False
     for expert in range(packed.layout.experts):
