@@ -131,9 +131,21 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
 
 
 @cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="jitmoe-fuzz-")
+
+
+def _folder(name: str) -> Path:
+    folder = Path(_root().name) / name
+    folder.mkdir()
+    return folder
+
+
+@cache
 def good(name: str) -> tuple[Path, bytes]:
     """A file of this kind in a directory of its own, and its bytes."""
-    path = READERS[name][0](Path(tempfile.mkdtemp(prefix="jitmoe-fuzz-")))
+    path = READERS[name][0](_folder(name))
     return path, path.read_bytes()
 
 
@@ -294,7 +306,7 @@ def test_many_changed_bytes(name: str, request: pytest.FixtureRequest) -> None:
 @cache
 def _decoder() -> ctypes.CDLL:
     source = (Path(__file__).parent / "emulator_fuzz.cpp").read_text(encoding="utf-8")
-    return ctypes.CDLL(str(compile_text(source, "ref", Path(tempfile.mkdtemp(prefix="jitmoe-fuzz-")))))
+    return ctypes.CDLL(str(compile_text(source, "ref", _folder("decoder"))))
 
 
 @pytest.mark.field("T")

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ class Scene:
         self.layer = layer_of(self.inputs, ISA)
         self.states = [
             {name: tensor.clone() for name, tensor in MoELayer(config_of(CASE, ISA), **base).state_dict().items()}
-            for base in (self.inputs.base(), make_inputs(CASE.__class__(**vars(CASE) | {"seed": 1})).base())
+            for base in (self.inputs.base(), make_inputs(replace(CASE, seed=1)).base())
         ]
         self.expected: Results = copied(results_of_layer(self.layer, self.inputs))
         self.path = folder / "layer.packed"

@@ -262,6 +262,22 @@ sys.addaudithook(hook)
 """
 
 
+KILLED_BEFORE_A_KERNEL = """
+import os, signal
+from contextlib import contextmanager
+from jitmoe.experts import observer
+class Kills(observer.Observer):
+    left = {call}
+    @contextmanager
+    def around(self, launch):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+observer._Seam.inside.append(Kills())
+"""
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize(
         "name",
@@ -284,6 +300,22 @@ class TestCheckpoints:
         status, out, err = run(model, data, "--output", output, *QUICK, "--resume")
         assert status == 0, err
         assert "checkpoint-4 is incomplete, and is removed" in out and "resumes from checkpoint-2" in out
+        assert same_run(uninterrupted, output)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("call", [1, 7, 11, 18, 23])
+    def test_killed_in_the_middle_of_a_step(
+        self, run: Callable[..., Result], model: Path, data: Path, uninterrupted: Path, tmp_path: Path, call: int
+    ) -> None:
+        """SIGKILL before a kernel of the experts runs, in forward or backward of any step."""
+        output = tmp_path / "out"
+        with start(model, data, "--output", output, *QUICK, before=KILLED_BEFORE_A_KERNEL.format(call=call)) as killed:
+            _, err = killed.communicate(timeout=240)
+        assert killed.returncode == -signal.SIGKILL, err
+        assert not checkpoints.find(output).incomplete
+        status, out, err = run(model, data, "--output", output, *QUICK, "--resume")
+        assert status == 0, err
+        assert "resumes from checkpoint" in out or "begins at step 0" in out
         assert same_run(uninterrupted, output)
 
     def test_interrupted(self, run: Callable[..., Result], model: Path, data: Path, tmp_path: Path) -> None:
