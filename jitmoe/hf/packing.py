@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from jitmoe.errors import CheckpointError
 from jitmoe.hf.checkpoint import Checkpoint
+from jitmoe.hf.data_parallel import hide_packed
 from jitmoe.hf.layout import PARTS, WeightName
 from jitmoe.hf.packed import Packed
 from jitmoe.hf.packed_folder import PackedFolder
@@ -72,6 +73,7 @@ class Packer(HfQuantizer):  # type: ignore[misc]
         if self.folder is not None:
             self.folder.close()
         plain = [f"{name}.{w}" for name in self.understood for w in PARTS if not _is_packed(model, f"{name}.{w}")]
+        hide_packed(model)
         if plain:
             raise CheckpointError(f"{', '.join(plain)} were not in the checkpoint, or not under names that are known")
 
