@@ -34,8 +34,8 @@ class ExpertParallel(nn.Module):
     Every rank calls it with tokens of its own, as many as it likes, none too, and with global expert ids. A token's row
     goes once to each rank that has experts of it; partial sums come back in float32, are added in the order of the
     ranks and rounded once. All ranks have to call it equally often, forward and backward: a rank without tokens calls
-    with T = 0 and runs backward on the empty result. What bits depend on is how the experts are shared out, ``overlap``,
-    and which tokens share a call; not the number of threads or the run. On one rank they are those of ``MoELayer``.
+    with T = 0 and runs backward on the empty result. Bits depend on how the experts are shared out, on ``overlap`` and
+    on which tokens share a call; not on the number of threads or the run. On one rank they are those of ``MoELayer``.
 
     Gradients of LoRA belong to the experts of this rank, and are summed over the tokens of *all* ranks of the group.
     They need no synchronisation within it, and must have none: see :func:`~jitmoe.distributed.state.local_parameters`.

@@ -1,0 +1,94 @@
+"""What the ranks of tests of data parallelism with transformers and PEFT do."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from families import seeds_with_same_routing
+from helpers import different
+from jobs_data import once_in_memory
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import ROWS, tiny_model, with_lora
+
+import jitmoe.hf
+from jitmoe.hf.weight import PackedWeight
+from jitmoe.oracle.yardstick import judge_one
+
+
+def peft(rank: int, world: int, folder: str) -> None:
+    """A PeftModel over experts that were packed before it was wrapped: gradients of the whole batch, replicas alike."""
+    jitmoe.hf.register()
+    model, seed = _model("jitmoe"), torch.zeros(1, dtype=torch.int64)
+    if rank == 0:
+        exact, plain = _model("eager").double(), _model("eager")
+        seed[0] = next(seeds_with_same_routing([exact, plain, model], _batch))
+    dist.broadcast(seed, 0)
+    batch = _batch(int(seed))
+    assert jitmoe.hf.pack(model) == 2
+    parallel = DistributedDataParallel(model)
+    packed = [(name, w) for name, w in model.named_parameters() if isinstance(w, PackedWeight)]
+    assert len(packed) == 4 and {name for name, _ in packed} <= set(parallel.parameters_to_ignore)
+    rows = {name: tensor[rank * 4 // world : (rank + 1) * 4 // world] for name, tensor in batch.items()}
+    parallel(**rows).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, found)
+    assert not any(different(one, found) for one in told)
+    if rank == 0:
+        for one in (exact, plain):
+            one(**batch).loss.backward()
+        rights = {name: p.grad for name, p in exact.named_parameters()}
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                _judge(name, found[name], rights[name], p.grad)
+    holder = Holder(model)  # which hides the names: everything is broadcast, and nobody writes
+    DistributedDataParallel(holder)
+    assert [weight.packed.writes for _, weight in packed] == [0] * 4
+    _mapped(rank, world, folder)
+
+
+class Holder(nn.Module):
+    """A module around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def _judge(name: str, found: Tensor, right: Tensor, plain: Tensor) -> None:
+    reached = torch.ones(right.shape[:1], dtype=torch.bool)
+    verdict = judge_one(name, found, right, [(plain.double() - right).flatten()], reached, coarse=True)
+    assert not verdict.fault, str(verdict)
+
+
+def _model(implementation: str) -> Any:
+    model = with_lora(tiny_model(implementation))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # or A would have no gradient
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.train(False)
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    ids = torch.stack([ROWS[(4 * seed + place) % len(ROWS)] for place in range(4)])
+    return {"input_ids": ids, "labels": ids}
+
+
+def _mapped(rank: int, world: int, folder: str) -> None:
+    """Experts in files that one rank packed, mapped by all, through DDP's broadcasts too."""
+    base, kept = Path(folder, "base"), Path(folder, "packed")
+    if rank == 0:
+        tiny_model("eager").save_pretrained(base)
+        jitmoe.hf.from_pretrained(base, packed=kept)
+    dist.barrier()
+    model = jitmoe.hf.from_pretrained(base, packed=kept)
+    parallel = DistributedDataParallel(Holder(with_lora(model)))
+    parallel.module.model(**_batch(0)).loss.backward()
+    dist.barrier()
+    for path in kept.glob("*.packed"):
+        once_in_memory(path, world)
+    dist.barrier()
