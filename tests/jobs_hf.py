@@ -1,5 +1,6 @@
 """What the ranks of tests of data parallelism with transformers and PEFT do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from helpers import different
 from jobs_data import once_in_memory
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import ROWS, tiny_model, with_lora
+from training import ROWS, tiny_model, train, with_lora
 
 import jitmoe.hf
+from jitmoe.distributed import check_replicas
 from jitmoe.hf.weight import PackedWeight
 from jitmoe.oracle.yardstick import judge_one
 
@@ -92,3 +94,15 @@ def _mapped(rank: int, world: int, folder: str) -> None:
     for path in kept.glob("*.packed"):
         once_in_memory(path, world)
     dist.barrier()
+
+
+def trainer(rank: int, world: int, out: str, resume: str, rows: int, accumulation: int) -> None:
+    """The stock Trainer around a PEFT model that was packed; the first rank prints the losses."""
+    jitmoe.hf.register()
+    model = with_lora(tiny_model("jitmoe"))
+    jitmoe.hf.pack(model)
+    more = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    done = train(model, Path(out), Path(resume) if resume else None, **more)
+    check_replicas(done.model)
+    if rank == 0:
+        print(json.dumps(done.losses))
