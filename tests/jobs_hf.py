@@ -1,20 +1,25 @@
 """What the ranks of tests of data parallelism with transformers and PEFT do."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from families import seeds_with_same_routing
+from families import HIDDEN, TOP_K, eager_model, experts_of, seeds_with_same_routing
 from helpers import different
 from jobs_data import once_in_memory
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from training import ROWS, tiny_model, train, with_lora
+from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 import jitmoe.hf
 from jitmoe.distributed import check_replicas
+from jitmoe.errors import UnsupportedExpertsError
 from jitmoe.hf.weight import PackedWeight
 from jitmoe.oracle.yardstick import judge_one
 
@@ -96,6 +101,45 @@ def _mapped(rank: int, world: int, folder: str) -> None:
     dist.barrier()
 
 
+def expert_parallel(rank: int, world: int) -> None:
+    """A module on jitmoe inside transformers' expert parallelism, and inside ours: what the eager one computes."""
+    jitmoe.hf.register()
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("tp", "ep"))
+    for implementation in ("all_to_all", "all_reduce", "jitmoe"):
+        module = _first_experts(eager_model("qwen3_moe", num_experts=4 * world)).requires_grad_(False)
+        plain, exact = copy.deepcopy(module), copy.deepcopy(module).double()
+        module.config._experts_implementation = "jitmoe"
+        plan = {"gate_up_proj": "grouped_gemm", "down_proj": "grouped_gemm", "": "ep_dispatch_experts"}
+        shared = implementation == "all_reduce"
+        apply_expert_parallelism(module, mesh["ep"], mesh["ep" if shared else "tp"], plan, implementation)
+        for tokens, chosen in ((12, 4 * world), (0 if rank == 1 and not shared else 9, 4), (40, 4 * world)):
+            generator = torch.Generator().manual_seed(0 if shared else rank)
+            x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+            ids = torch.rand(tokens, chosen, generator=generator).argsort(-1)[:, :TOP_K]
+            weights = torch.rand(tokens, TOP_K, generator=generator)
+            found = _of(module, x, ids, weights)
+            if tokens:
+                right, usual = (_of(one, x, ids, weights) for one in (exact, plain))
+            for name in found if tokens else ():
+                _judge(f"{implementation} {name}", found[name], right[name], usual[name])
+        assert type(module.gate_up_proj._local_tensor) is PackedWeight
+    with pytest.raises(UnsupportedExpertsError, match="needs experts_implementation='jitmoe'"):
+        apply_expert_parallelism(plain, mesh["ep"], mesh["tp"], {"": "ep_dispatch_experts"}, "jitmoe")
+
+
+def _first_experts(model: Any) -> Any:
+    return next(iter(experts_of(model).values()))
+
+
+def _of(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    dtype = torch.float64 if next(module.parameters()).dtype == torch.float64 else torch.bfloat16
+    x = x.to(dtype, copy=True).requires_grad_()
+    weights = weights.to(dtype if dtype == torch.float64 else torch.float32, copy=True).requires_grad_()
+    out = module(x, ids, weights)
+    (out * torch.linspace(-1, 1, HIDDEN, dtype=dtype)).sum().backward()
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad}
+
+
 def trainer(rank: int, world: int, out: str, resume: str, rows: int, accumulation: int) -> None:
     """The stock Trainer around a PEFT model that was packed; the first rank prints the losses."""
     jitmoe.hf.register()
@@ -105,4 +149,4 @@ def trainer(rank: int, world: int, out: str, resume: str, rows: int, accumulatio
     done = train(model, Path(out), Path(resume) if resume else None, **more)
     check_replicas(done.model)
     if rank == 0:
-        print(json.dumps(done.losses))
+        print(json.dumps([loss for _, kind, loss in done.losses if kind == "loss"]))

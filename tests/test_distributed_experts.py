@@ -33,6 +33,12 @@ def test_one_file_holds_the_adapters_of_all_ranks(tmp_path) -> None:
         run_ranks("jobs_experts.saves", world, str(tmp_path))
 
 
+def test_experts_of_transformers_under_its_own_expert_parallelism() -> None:
+    pytest.importorskip("transformers.distributed.expert_parallel")
+    pytest.importorskip("peft")
+    run_ranks("jobs_hf.expert_parallel", 2)
+
+
 @pytest.mark.slow
 def test_bits_do_not_depend_on_threads_or_the_launcher() -> None:
     found = {launch("jobs_experts.digest", 2, n, OMP_NUM_THREADS=str(n)) for n in (1, 2)}

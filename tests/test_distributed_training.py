@@ -51,7 +51,14 @@ def test_a_trainer_goes_on_with_another_number_of_processes(tmp_path: Path) -> N
     whole = losses(launch("jobs_hf.trainer", 2, str(tmp_path / "two"), "", 3, 2))
     more = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
     exact, plain = (
-        train(with_lora(tiny_model("eager", dtype)), tmp_path / str(dtype), **more).curve()
+        torch.tensor(
+            [
+                loss
+                for _, kind, loss in train(with_lora(tiny_model("eager", dtype)), tmp_path / str(dtype), **more).losses
+                if kind == "loss"  # in evaluation several processes fill up with rows of the beginning
+            ],
+            dtype=torch.float64,
+        )
         for dtype in (torch.float64, torch.bfloat16)
     )
     for world, rows, accumulation in ((1, 3, 4), (4, 3, 1)):
@@ -65,4 +72,4 @@ def test_a_trainer_goes_on_with_another_number_of_processes(tmp_path: Path) -> N
 
 def losses(output: str) -> torch.Tensor:
     """What the first rank printed last."""
-    return torch.tensor([loss for _, _, loss in json.loads(output.strip().splitlines()[-1])], dtype=torch.float64)
+    return torch.tensor(json.loads(output.strip().splitlines()[-1]), dtype=torch.float64)

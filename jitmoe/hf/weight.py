@@ -176,6 +176,11 @@ def _same(func: Any, weight: PackedWeight, *_: Any, **__: Any) -> Any:
     return PackedWeight(weight.packed, weight.experts, weight.parts)
 
 
+def _view(func: Any, weight: PackedWeight, size: Sequence[int]) -> Any:
+    """In its own shape, as DTensor takes what it wraps and gives it back."""
+    return _same(func, weight) if tuple(size) == tuple(weight.shape) else NotImplemented
+
+
 def _clone(func: Any, weight: PackedWeight, **_: Any) -> Any:
     if not weight.whole:
         return weight.unpack()
@@ -283,6 +288,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.lift_fresh.default: _same,
+    aten.view.default: _view,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy,
