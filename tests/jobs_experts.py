@@ -23,6 +23,7 @@ from jitmoe.distributed import ExpertParallel, load_lora_state_dict, lora_state_
 from jitmoe.errors import ConfigError, InputError, PeerError
 from jitmoe.experts.layer import MoELayer
 from jitmoe.oracle.yardstick import results_of_layer
+from jitmoe.plan import exchange as plan
 from jitmoe.plan.projections import LORA_NAMES
 from jitmoe.process import usable_threads
 
@@ -143,6 +144,11 @@ def _bytes_are_those_of_the_plan(parallel: ExpertParallel, inputs: Inputs, mine:
     dist.all_gather_object(told, (traffic.sent, traffic.received, traffic.rows_out, traffic.rows_in))
     assert sum(sent for sent, *_ in told) == sum(received for _, received, *_ in told)
     assert all(told[a][2][b] == told[b][3][a] for a in range(4) for b in range(4))
+    all_ids = [inputs.topk_ids[tokens_of(other, 4, CASE.tokens)].numpy() for other in range(4)]
+    planned = plan.traffic([plan.slots_by_rank(ids, bounds) for ids in all_ids], plan.row_bytes(hidden, top_k))[rank]
+    assert (planned.sent, planned.received) == (traffic.sent, traffic.received)
+    assert (planned.rows_out, planned.rows_in) == (sum(traffic.rows_out), sum(traffic.rows_in))
+    assert planned.rows_here == traffic.rows_here
 
 
 def _gradients_add_up(parallel: ExpertParallel, inputs: Inputs, mine: slice, first: Results) -> None:

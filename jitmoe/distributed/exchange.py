@@ -5,7 +5,7 @@ and adds up what comes back. Backward goes the same way with gradients. The expe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jitmoe.distributed.peers import Peers, Pending
 from jitmoe.distributed.rows import Operands, Routes, as_bytes, values_in
+from jitmoe.distributed.traffic import Traffic
 from jitmoe.errors import InputError, PeerError
 from jitmoe.plan.exchange import COUNTS_BYTES, RowBytes, row_bytes
 
@@ -20,41 +21,7 @@ TRAINS, WANTS_X, WANTS_WEIGHTS, REFUSED = 1, 2, 4, 8
 """What a rank tells the others about its part of a call."""
 
 Compute = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""From rows of x float32 [n, H], local ids and weights [n, K] and parameters by name to float32 [n, H]."""
-
-
-@dataclass
-class Traffic:
-    """What one rank exchanged with others in one call, and in its backward pass so far.
-
-    Attributes:
-        rows_out: rows that went to each rank; none to itself.
-        rows_in: rows that came from each rank.
-        rows_here: rows that stayed.
-        bytes_out: bytes that went out, by what they were: counts, tokens, sums; grads, grad_sums.
-        bytes_in: bytes that came in, likewise.
-    """
-
-    rows_out: list[int]
-    rows_in: list[int]
-    rows_here: int
-    bytes_out: dict[str, int] = field(default_factory=dict)
-    bytes_in: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def sent(self) -> int:
-        """Bytes that went out in all."""
-        return sum(self.bytes_out.values())
-
-    @property
-    def received(self) -> int:
-        """Bytes that came in in all."""
-        return sum(self.bytes_in.values())
-
-    def count(self, what: str, sent: Tensor | int, received: Tensor | int) -> None:
-        """Add a message; tensors are uint8."""
-        self.bytes_out[what] = sent if isinstance(sent, int) else sent.numel()
-        self.bytes_in[what] = received if isinstance(received, int) else received.numel()
+"""From rows of x float32 [n, H], local ids and weights [n, up to K] and parameters by name to float32 [n, H]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +73,15 @@ class _Part:
         self.out = torch.zeros(0, rows.x.shape[1])
         if not self.rows:
             return
-        x, weights = rows.x.float(), rows.weights
+        self.slots, self.places = rows.ids.shape[1], rows.places()
+        ids, weights = (tensor.gather(1, self.places) for tensor in (rows.ids, rows.weights))
+        x = rows.x.float()
         with torch.set_grad_enabled(call.trains):
             # Leaves of their own: hooks on the parameters belong to the graph around this one.
             leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in parameters.items()}
             self.inputs = {"x": x.requires_grad_(call.wants_x), "weights": weights.requires_grad_(call.wants_weights)}
             self.inputs |= {f"parameter {name}": leaf for name, leaf in leaves.items()}
-            self.result = call.shared.compute(x, rows.ids, weights, leaves)
+            self.result = call.shared.compute(x, ids, weights, leaves)
         self.out = self.result.detach()
 
     def backward(self, out_grad: Tensor, keep: bool) -> dict[str, Tensor]:
@@ -123,7 +92,10 @@ class _Part:
         found = torch.autograd.grad(
             self.result, list(wanted.values()), out_grad, retain_graph=keep, materialize_grads=True
         )
-        return dict(zip(wanted, found, strict=True))
+        grads = dict(zip(wanted, found, strict=True))
+        if "weights" in grads:
+            grads["weights"] = torch.zeros(self.rows, self.slots).scatter_(1, self.places, grads["weights"])
+        return grads
 
 
 class _Call:

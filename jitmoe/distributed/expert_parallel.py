@@ -1,5 +1,6 @@
 """A layer whose experts are shared out among the ranks of a group."""
 
+import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from torch.func import functional_call
 
 from jitmoe.config import MoEConfig
 from jitmoe.distributed import exchange
-from jitmoe.distributed.exchange import Shared, Traffic
+from jitmoe.distributed.exchange import Shared
 from jitmoe.distributed.peers import Peers
+from jitmoe.distributed.traffic import Traffic
 from jitmoe.errors import ConfigError, InputError, InputTypeError, PeerError
 from jitmoe.experts.inputs import FLOATS, check_dense
 from jitmoe.experts.layer import MoELayer
@@ -203,7 +205,11 @@ class ExpertParallel(nn.Module):
                 raise InputError(f"{name} must have shape {[*x.shape[:-1], config.top_k]} to go with x")
 
     def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        out: Tensor = functional_call(self.layer, dict(parameters), (x, ids, weights))
+        layer = self.layer
+        if ids.shape[1] < layer.config.top_k:  # how many of a token's experts are here is a fact of the call
+            layer = copy.copy(layer)
+            layer.config = replace(layer.config, top_k=ids.shape[1])
+        out: Tensor = functional_call(layer, dict(parameters), (x, ids, weights))
         return out
 
     def _agreed(self) -> list[int]:

@@ -25,6 +25,15 @@ class Operands:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def places(self) -> Tensor:
+        """Int64 [n, most]: the slots of each row that are not skipped, in their order, and then others.
+
+        What forward saves is sized by the slots: those of other ranks' experts would cost as much as those of ours.
+        """
+        here = self.ids != SKIPPED
+        most = int(here.sum(1).max().clamp(min=1))
+        return (~here).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
     def packed(self) -> Tensor:
         """As uint8 [n, bytes]; see :mod:`jitmoe.plan.exchange`."""
         hidden, top_k = self.x.shape[1], self.ids.shape[1]

@@ -177,8 +177,7 @@ def _same(func: Any, weight: PackedWeight, *_: Any, **__: Any) -> Any:
 
 
 def _view(func: Any, weight: PackedWeight, size: Sequence[int]) -> Any:
-    """In its own shape, as DTensor takes what it wraps and gives it back."""
-    return _same(func, weight) if tuple(size) == tuple(weight.shape) else NotImplemented
+    return _same(func, weight) if tuple(size) == tuple(weight.shape) else NotImplemented  # as DTensor asks for it
 
 
 def _clone(func: Any, weight: PackedWeight, **_: Any) -> Any:
@@ -208,12 +207,7 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
     if source.shape != target.shape:
         source = source.expand(target.shape)
 
-    def changed(expert: int, old: Tensor) -> Tensor | None:
-        new = source[expert].to("cpu", torch.bfloat16)
-        # A launcher that hands out what all have: pages of a mapped file that nobody writes to stay shared.
-        return None if torch.equal(old.view(torch.int16), new.view(torch.int16)) else new
-
-    return _rewrite(target, changed)
+    return _rewrite(target, lambda expert, _: source[expert].to("cpu", torch.bfloat16))
 
 
 def _add(func: Any, target: Any, other: Any, **kwargs: Any) -> Any:
@@ -223,13 +217,15 @@ def _add(func: Any, target: Any, other: Any, **kwargs: Any) -> Any:
     return _rewrite(target, lambda expert, old: func(old, full[expert], **kwargs))
 
 
-def _rewrite(target: PackedWeight, new_of: Callable[[int, Tensor], Tensor | None]) -> PackedWeight:
-    """Replace each expert's matrix, but where ``new_of`` gives None; whoever computes next prepares anew."""
+def _rewrite(target: PackedWeight, new_of: Callable[[int, Tensor], Tensor]) -> PackedWeight:
+    """Replace each expert's matrix; whoever computes next prepares anew."""
     if not target.whole:
         raise InputTypeError(f"a part of {target.packed.name}, packed for jitmoe, cannot be written: write all of it")
     for expert in range(target.packed.layout.experts):
-        new = new_of(expert, target.packed.read([expert], target.parts)[0])
-        if new is not None:
+        old = target.packed.read([expert], target.parts)[0]
+        new = new_of(expert, old.clone())
+        # A launcher hands out what all have: pages of a mapped file that nobody writes to stay shared.
+        if not torch.equal(old.view(torch.int16), new.view(torch.int16)):
             target.packed.write(expert, new)
     return target
 

@@ -8,7 +8,11 @@ and a row of float32 sums comes back. Backward sends the row's gradient of out (
 and of the routing weights (float32). What stays on its rank is not sent.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from jitmoe.errors import ConfigError
 from jitmoe.plan.shapes import round_up
@@ -74,3 +78,64 @@ def share_of(num_experts: int, rank: int, size: int) -> range:
     least, more = divmod(num_experts, size)
     start = rank * least + min(rank, more)
     return range(start, start + least + (rank < more))
+
+
+def bounds_of(num_experts: int, size: int) -> list[int]:
+    """Where the shares of :func:`share_of` begin, and the end of the last one."""
+    return [share_of(num_experts, rank, size).start for rank in range(size)] + [num_experts]
+
+
+def slots_by_rank(topk_ids: npt.NDArray[np.int64], bounds: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Slots [T, ranks] of each token of ``topk_ids`` [T, K] whose experts each rank holds."""
+    owner = np.searchsorted(np.asarray(bounds[1:]), topk_ids, side="right")
+    return np.stack([(owner == rank).sum(1) for rank in range(len(bounds) - 1)], 1)
+
+
+@dataclass(frozen=True)
+class RankTraffic:
+    """Bytes and rows that one rank exchanges with others in one step of one layer.
+
+    Attributes:
+        sent: bytes, those of the counts included.
+        received: likewise.
+        rows_out: rows that go to others.
+        rows_in: rows that come from others.
+        rows_here: rows that stay.
+        slots_here: of the rows that stay.
+        slots: of all rows that its experts compute.
+        most_slots: of one row.
+    """
+
+    sent: int
+    received: int
+    rows_out: int
+    rows_in: int
+    rows_here: int
+    slots_here: int
+    slots: int
+    most_slots: int
+
+
+def traffic(slots: Sequence[npt.NDArray[np.int64]], each: RowBytes) -> list[RankTraffic]:
+    """Of each rank, from the :func:`slots_by_rank` of each rank's tokens."""
+    ranks = len(slots)
+    rows = np.array([(mine > 0).sum(0) for mine in slots])  # from, to
+    counts = COUNTS_BYTES * (ranks - 1)
+    found = []
+    for rank in range(ranks):
+        here = int(rows[rank, rank])
+        out, into = int(rows[rank].sum()) - here, int(rows[:, rank].sum()) - here
+        mine = np.concatenate([theirs[:, rank] for theirs in slots])
+        found.append(
+            RankTraffic(
+                sent=counts + out * (each.tokens + each.grads) + into * (each.sums + each.grad_sums),
+                received=counts + into * (each.tokens + each.grads) + out * (each.sums + each.grad_sums),
+                rows_out=out,
+                rows_in=into,
+                rows_here=here,
+                slots_here=int(slots[rank][:, rank].sum()),
+                slots=int(mine.sum()),
+                most_slots=int(mine.max(initial=0)),
+            )
+        )
+    return found
