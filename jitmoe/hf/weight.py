@@ -223,8 +223,7 @@ def _rewrite(target: PackedWeight, new_of: Callable[[int, Tensor], Tensor]) -> P
         raise InputTypeError(f"a part of {target.packed.name}, packed for jitmoe, cannot be written: write all of it")
     for expert in range(target.packed.layout.experts):
         old = target.packed.read([expert], target.parts)[0]
-        new = new_of(expert, old.clone())
-        # A launcher hands out what all have: pages of a mapped file that nobody writes to stay shared.
+        new = new_of(expert, old.clone())  # a launcher may hand out what all have: mapped pages then stay shared
         if not torch.equal(old.view(torch.int16), new.view(torch.int16)):
             target.packed.write(expert, new)
     return target
