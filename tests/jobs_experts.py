@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import bits, case_named, config_of, different, layer_of, same_bits, usable_isas
+from helpers import bits, case_named, config_of, copied, different, layer_of, same_bits, usable_isas
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,10 +31,10 @@ CASE = replace(case_named("ragged_47"), name="shared", experts=7, rank=5, tokens
 """Seven experts, which neither two nor four ranks share evenly, and the sizes of a case whose kernels are there."""
 
 
-def parallel_of(inputs: Inputs, isa: str = "auto", **options: Any) -> ExpertParallel:
+def parallel_of(inputs: Inputs, batch_invariant: bool = False, **options: Any) -> ExpertParallel:
     """This rank's share of the layer of ``inputs``."""
-    base = inputs.base()
-    parallel = ExpertParallel.shard(config_of(inputs.case, isa), **base, **options)
+    config = config_of(inputs.case, "auto", batch_invariant=batch_invariant)
+    parallel = ExpertParallel.shard(config, **inputs.base(), **options)
     with torch.no_grad():
         for name, value in inputs.lora._asdict().items() if inputs.lora else ():
             parallel.layer.get_parameter(name).copy_(value[parallel.share.start : parallel.share.stop])
@@ -84,6 +84,24 @@ def oracle(rank: int, world: int) -> None:
                 assert not different(whole, one_process(inputs))
 
 
+def exact_sums(rank: int, world: int) -> None:
+    """On the way and back nothing is rounded to less than float32: all that differs from one process is the order in
+    which K slots are added up, (K - 1) roundings of at most eps / 2 of the sum of their magnitudes in each of both."""
+    inputs = make_inputs(replace(CASE, name="exact", x_dtype=torch.float32, tokens=40))
+    mine = tokens_of(rank, world, 40)
+    ours = gathered(results_of(parallel_of(inputs, batch_invariant=True), inputs, mine))
+    alone = layer_of(inputs, usable_isas()[0], batch_invariant=True)
+    whole = copied(results_of_layer(alone, inputs))
+    slots = []
+    for slot in range(CASE.top_k):
+        weights = torch.zeros_like(inputs.weights)
+        weights[:, slot] = inputs.weights[:, slot]
+        slots.append(copied(results_of_layer(alone, replace(inputs, weights=weights))))
+    for name in ("out", "x"):
+        most = (CASE.top_k - 1) * torch.finfo(torch.float32).eps * sum(one[name].abs() for one in slots)
+        assert ((ours[name] - whole[name]).abs() <= most).all(), name
+
+
 def digest(rank: int, world: int, threads: int) -> None:
     """Prints a digest of all results, on so many threads."""
     assert usable_threads(torch.get_num_threads()) == threads
@@ -103,10 +121,11 @@ def edges(rank: int, world: int) -> None:
     _some_are_idle(rank)
     inputs = make_inputs(CASE)
     parallel, mine = parallel_of(inputs), tokens_of(rank, world, CASE.tokens)
-    first = results_of(parallel, inputs, mine)
+    first = copied(results_of(parallel, inputs, mine))
     _bytes_are_those_of_the_plan(parallel, inputs, mine)
     _gradients_add_up(parallel, inputs, mine, first)
-    _checkpoints(parallel, inputs, mine, first)
+    _checkpoints(parallel, inputs, mine)
+    _checkpoints(parallel, make_inputs(replace(CASE, routing="one_expert")), mine)  # three ranks save nothing of it
     _wrong_calls(rank, parallel, inputs, mine)
     assert not different(results_of(parallel, inputs, mine), first)  # after all these errors
     _skipped(rank, world)
@@ -152,7 +171,7 @@ def _bytes_are_those_of_the_plan(parallel: ExpertParallel, inputs: Inputs, mine:
 
 
 def _gradients_add_up(parallel: ExpertParallel, inputs: Inputs, mine: slice, first: Results) -> None:
-    first = {name: tensor.clone() for name, tensor in first.items()}
+    first = copied(first)
     parallel.zero_grad()
     x, weights = (tensor[mine].clone().requires_grad_() for tensor in (inputs.x, inputs.weights))
     out = parallel(x, inputs.topk_ids[mine], weights)
@@ -164,9 +183,9 @@ def _gradients_add_up(parallel: ExpertParallel, inputs: Inputs, mine: slice, fir
         out.backward(inputs.dout[mine])
 
 
-def _checkpoints(parallel: ExpertParallel, inputs: Inputs, mine: slice, first: Results) -> None:
-    """Computed anew in backward, on all ranks alike; rank 3's experts come last in the region."""
-    first = {name: tensor.clone() for name, tensor in first.items()}
+def _checkpoints(parallel: ExpertParallel, inputs: Inputs, mine: slice) -> None:
+    """Computed anew in backward, on all ranks alike."""
+    first = copied(results_of(parallel, inputs, mine))
     parallel.zero_grad()
     x, weights = (tensor[mine].clone().requires_grad_() for tensor in (inputs.x, inputs.weights))
     out = checkpoint(parallel, x, inputs.topk_ids[mine], weights, use_reentrant=False)

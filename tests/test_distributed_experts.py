@@ -14,9 +14,13 @@ def kernels() -> None:
     build_kernels([CASE], ["auto"])
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_results_and_gradients_are_those_of_one_process(world: int) -> None:
     run_ranks("jobs_experts.oracle", world)
+
+
+def test_sums_cross_the_network_in_float32() -> None:
+    run_ranks("jobs_experts.exact_sums", 2)
 
 
 def test_edges_of_four_ranks() -> None:

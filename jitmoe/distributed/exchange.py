@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from jitmoe.distributed.peers import Peers, Pending
 from jitmoe.distributed.rows import Operands, Routes, as_bytes, values_in
@@ -65,6 +66,10 @@ def refuse(shared: Shared) -> None:
     shared.peers.tell(torch.tensor([[0, REFUSED]] * shared.peers.size), "counting rows")
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Part:
     """A call of this rank's experts on some rows; its graph lives until backward."""
 
@@ -76,7 +81,8 @@ class _Part:
         self.slots, self.places = rows.ids.shape[1], rows.places()
         ids, weights = (tensor.gather(1, self.places) for tensor in (rows.ids, rows.weights))
         x = rows.x.float()
-        with torch.set_grad_enabled(call.trains):
+        # No hooks of others: a checkpoint would compute anew for each of these graphs, on some ranks more often.
+        with torch.set_grad_enabled(call.trains), saved_tensors_hooks(_as_it_is, _as_it_is):
             # Leaves of their own: hooks on the parameters belong to the graph around this one.
             leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in parameters.items()}
             self.inputs = {"x": x.requires_grad_(call.wants_x), "weights": weights.requires_grad_(call.wants_weights)}
