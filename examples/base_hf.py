@@ -57,8 +57,10 @@ def make_base(folder: Path, text: Tensor, steps: int, seed: int) -> Path:
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Lines("pre-training")])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if trainer.is_world_process_zero():
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
     return folder
 
 

@@ -70,6 +70,8 @@ def main() -> int:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
+    if not trainer.is_world_process_zero():  # under torchrun all processes have the same adapter
+        return 0 if after < before else 1
     model.save_pretrained(options.out / "adapter")
 
     jitmoe.hf.report(model)

@@ -24,6 +24,8 @@ class Lines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Of the Trainer, after each step."""
         step, total = state.global_step, state.max_steps
+        if not state.is_world_process_zero:
+            return
         if "loss" in logs and LINES * step // total > LINES * (step - 1) // total and not sys.stderr.isatty():
             print(f"{self.name} {step}/{total} loss {logs['loss']:.4f}", file=sys.stderr, flush=True)
 

@@ -17,6 +17,7 @@ from jitmoe.progress import track
 
 MODEL = ModelConfig()
 BATCH = 16
+LEARNING_RATE = 5e-3
 
 MakeExperts = Callable[[int, nn.Module], nn.Module]
 Adapter = dict[str, Tensor]
@@ -38,10 +39,7 @@ def train_steps(
 ) -> Iterable[float]:
     """Train what requires a gradient, with one rise and fall of the learning rate; yields the loss of each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: math.sin(math.pi * ((step + 1) / (steps + 1)) ** 0.5)
-    )
+    optimizer, schedule = optimizer_of(parameters, steps, learning_rate)
     for batch in track(batches, steps, f"{name} step"):
         loss = model.loss(batch)
         optimizer.zero_grad()
@@ -50,6 +48,17 @@ def train_steps(
         optimizer.step()
         schedule.step()
         yield loss.item()
+
+
+def optimizer_of(
+    parameters: list[nn.Parameter], steps: int, learning_rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and one rise and fall of its learning rate."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: math.sin(math.pi * ((step + 1) / (steps + 1)) ** 0.5)
+    )
+    return optimizer, schedule
 
 
 def jitmoe_experts(config: jitmoe.MoEConfig) -> MakeExperts:
@@ -94,7 +103,7 @@ def finetune(name: str, model: DecoderLM, corpus: Corpus, steps: int, seed: int)
     curves.validation[0] = validation_loss(model, corpus)
     between = max(1, steps // 4)
     start = time.perf_counter()
-    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=5e-3), start=1):
+    for step, loss in enumerate(train_steps(name, model, batches, steps, learning_rate=LEARNING_RATE), start=1):
         curves.train.append(loss)
         if step % between == 0 or step == steps:
             curves.seconds += time.perf_counter() - start

@@ -22,7 +22,9 @@ from jitmoe.errors import (
     JitmoeError,
     KernelError,
     PackedFileError,
+    PeerError,
     PlanError,
+    ReplicaError,
     SettingError,
     TraceError,
     TrainError,
@@ -68,8 +70,10 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "PackedFileError",
+    "PeerError",
     "PlanError",
     "Quantized",
+    "ReplicaError",
     "SettingError",
     "TraceError",
     "TrainError",
@@ -118,12 +122,12 @@ observer.hand_over(_Watchers())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":
-        return import_module("jitmoe.hf")
+    if name in ("distributed", "hf"):
+        return import_module(f"jitmoe.{name}")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'jitmoe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "hf"])
+    return sorted([*__all__, "distributed", "hf"])

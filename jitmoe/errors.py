@@ -97,5 +97,13 @@ class BenchError(JitmoeError, RuntimeError):
     """A benchmark would have measured something other than what it says."""
 
 
+class PeerError(JitmoeError, RuntimeError):
+    """Another process of a group ended, is too slow, refused its part of a call, or was set up for another layer."""
+
+
+class ReplicaError(JitmoeError, RuntimeError):
+    """Processes that should hold the same parameters hold different ones. Names tensors and ranks."""
+
+
 class TraceError(JitmoeError, RuntimeError):
     """The report of a trace cannot be drawn: no call was traced, or matplotlib is missing."""

@@ -130,3 +130,18 @@ def test_conversions_of_a_model_can_be_asked_for() -> None:
 )
 def test_methods_of_a_quantizer(name: str) -> None:
     assert callable(getattr(quantizers.HfQuantizer, name))
+
+
+def test_implementations_of_expert_parallelism_are_registered() -> None:
+    ep = pytest.importorskip("transformers.distributed.expert_parallel")
+    assert "register" in dir(ep.EPImplementationInterface)
+    assert parameters_of(ep.EPImplementation.__init__) == ["self", "experts", "ep_mesh", "tp_mesh"]
+    assert parameters_of(ep.EPImplementation.__call__) == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+
+
+def test_a_peft_model_shows_attributes_and_names_of_its_model() -> None:
+    model = eager_model("qwen3_moe")
+    model._ddp_params_and_buffers_to_ignore = ["x"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert wrapped._ddp_params_and_buffers_to_ignore == ["x"]
+    assert "base_model.model.lm_head.weight" in dict(wrapped.named_parameters())

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,31 @@ def test_other_implementations_read_it_and_are_warned() -> None:
     ours.set_experts_implementation("eager")
     with torch.no_grad(), pytest.warns(UserWarning, match=r"unpacks experts .*set_experts_implementation"):
         assert same_bits(ours(ids).logits, eager(ids).logits)
+
+
+def test_launchers_are_told_to_leave_packed_weights_alone() -> None:
+    """Names of the moment, of the model and of a PeftModel of it; what the model had ignored before stays ignored."""
+    eager = eager_model("qwen3_moe")
+    eager._ddp_params_and_buffers_to_ignore = ["mine"]
+    ours = on_jitmoe(eager)
+    for _ in range(2):
+        jitmoe.hf.pack(ours)
+    names = [name for name, weight in ours.named_parameters() if isinstance(weight, PackedWeight)]
+    expected = {"mine", *names, *(f"base_model.model.{name}" for name in names)}
+    assert set(ours._ddp_params_and_buffers_to_ignore) == expected and len(names) == 4
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours._ddp_params_and_buffers_to_ignore))):
+        assert set(getattr(copied, "_ddp_params_and_buffers_to_ignore", copied)) == expected
+    jitmoe.hf.unpack(ours)
+    assert set(ours._ddp_params_and_buffers_to_ignore) == {"mine"}
+
+
+@EVERY_FAMILY
+@EVERY_WEIGHT
+def test_a_copy_of_the_same_values_writes_nothing(family: str, name: str) -> None:
+    plain, packed = pair(name, family)
+    with torch.no_grad():
+        packed.copy_(plain.clone())
+        assert packed.packed.writes == 0
+        plain[-1, -1, -1] += 1
+        packed.copy_(plain)
+    assert packed.packed.writes == 1 and same_bits(packed.contiguous(), plain)

@@ -138,13 +138,17 @@ class Prediction:
         return sum(self.parts.values())
 
 
-def predict(workload: Workload, machine: Machine, backward: bool, assumed: Assumptions = ASSUMED) -> Prediction:
-    """Predict forward, or ``backward`` alone."""
+def predict(
+    workload: Workload, machine: Machine, backward: bool, assumed: Assumptions = ASSUMED, weight_bytes: float = 2.0
+) -> Prediction:
+    """Predict forward, or ``backward`` alone, with base weights of so many bytes an element."""
     active = workload.expected_active()
     rows = workload.slots / active
     flop = 6.0 * workload.slots * workload.hidden * workload.intermediate
     arithmetic = flop / (machine.products * product_share(machine.isa, rows, backward, assumed))
-    traffic = 6.0 * active * workload.hidden * workload.intermediate / (machine.bandwidth * assumed.read_share)
+    traffic = (
+        3.0 * weight_bytes * active * workload.hidden * workload.intermediate / (machine.bandwidth * assumed.read_share)
+    )
     parts = {
         "base products": max(arithmetic, traffic),
         "activation": _activation(workload, machine, backward, assumed),

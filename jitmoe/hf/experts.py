@@ -192,7 +192,7 @@ def _check_weights(module: Any) -> None:
         weight = module._parameters.get(name)
         if isinstance(weight, PackedWeight):
             continue
-        if type(weight) is not nn.Parameter:
+        if type(weight) not in (nn.Parameter, Tensor):  # expert parallelism of transformers puts a plain tensor there
             raise refused(module, f"its {name} is a {type(weight).__name__}, expected a plain parameter")
         if weight.device.type != "cpu":
             raise refused(module, f"its {name} is on {weight.device}, expected the CPU")

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from jitmoe.hf.data_parallel import hide_packed
 from jitmoe.hf.experts import prepare, unpack_module
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 from jitmoe.hf.understand import is_experts
@@ -11,6 +12,8 @@ from jitmoe.hf.understand import is_experts
 
 def pack(model: nn.Module) -> int:
     """Pack the experts now that would be packed at their first call, as ``torch.compile`` needs it.
+
+    DistributedDataParallel around the model, or around a PeftModel of it, does not broadcast what is packed.
 
     Args:
         model: with ``experts_implementation="jitmoe"``; modules with another one are left alone.
@@ -24,6 +27,8 @@ def pack(model: nn.Module) -> int:
     modules = [module for module in _experts(model) if module.config._experts_implementation == IMPLEMENTATION]
     for module in modules:
         prepare(module)
+    if modules:
+        hide_packed(model)
     return len(modules)
 
 

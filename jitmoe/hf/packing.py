@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from jitmoe.errors import CheckpointError, UnsupportedExpertsError
 from jitmoe.hf.checkpoint import Checkpoint
 from jitmoe.hf.conversions import STACKED, PackStacked, Quantised, Streaming, WeightNames
+from jitmoe.hf.data_parallel import hide_packed
 from jitmoe.hf.layout import PARTS, WeightName
 from jitmoe.hf.packed import Packed
 from jitmoe.hf.packed_folder import PackedFolder
@@ -92,6 +93,7 @@ class Packer(HfQuantizer):  # type: ignore[misc]
         if self.folder is not None:
             self.folder.close()
         plain = [f"{name}.{w}" for name in self.understood for w in PARTS if not _is_packed(model, f"{name}.{w}")]
+        hide_packed(model)
         if plain:
             raise CheckpointError(f"{', '.join(plain)} were not in the checkpoint, or not under names that are known")
 

@@ -1,5 +1,6 @@
 """Our implementation of experts among those of transformers."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
@@ -33,5 +34,7 @@ def register(unsupported: Literal["error", "eager"] = "error") -> None:
             f"jitmoe.hf needs transformers 5 with its experts interface ({error}): pip install 'jitmoe[hf]'"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts.run if unsupported == "error" else experts.run_or_leave)
+    if find_spec("transformers.distributed.expert_parallel") is not None:  # transformers 5.23 has it
+        import_module("jitmoe.hf.expert_parallel").offer()
     if find_spec("peft") is not None:
         peft_lora.install()

@@ -27,8 +27,11 @@ def rewrite(packed: Packed, new_of: NewOf) -> None:
         _requantize(packed, new_of)
         return
     for expert in range(packed.layout.experts):
-        new = new_of(expert, packed.read([expert], packed.parts)[0])
-        packed.write(expert, packed.layout.split(new, packed.parts))
+        old = packed.read([expert], packed.parts)[0]
+        new = new_of(expert, old.clone())
+        # A launcher may hand out what all processes have: pages of a mapped file then stay shared.
+        if not torch.equal(old.view(torch.int16), new.view(torch.int16)):
+            packed.write(expert, packed.layout.split(new, packed.parts))
 
 
 def _requantize(packed: Packed, new_of: NewOf) -> None:
@@ -38,7 +41,7 @@ def _requantize(packed: Packed, new_of: NewOf) -> None:
                 at = f"{packed.name} ({part})[{expert}, {place[0]}, {place[1]}]"
                 raise InputError(f"{at} is {matrix[place].item()}: it has no code")
     losses: dict[str, list[Loss]] = {part: [] for part in packed.parts}
-    changed = False
+    changed = []
     for expert in range(packed.layout.experts):
         matrices = _new_parts(packed, new_of, expert)
         found = packed.quantized([expert], packed.parts)
@@ -49,8 +52,9 @@ def _requantize(packed: Packed, new_of: NewOf) -> None:
             else:
                 found[part], loss = quantize_matrix(packed.packing, matrix)
                 losses[part].append(loss)
-                changed = True
-        packed.write(expert, [found[part] for part in packed.parts])
+                changed.append(expert)
+        if expert in changed:
+            packed.write(expert, [found[part] for part in packed.parts])
     if changed:
         _warn(packed, losses)
 

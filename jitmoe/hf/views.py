@@ -1,5 +1,6 @@
 """Operators of torch on packed weights that give views of them, or need none of their values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 def same(func: Any, weight: Any, *_: Any, **__: Any) -> Any:
     """Of detach and the like."""
     return weight.shown(weight.experts)
+
+
+def view(func: Any, weight: Any, size: Sequence[int]) -> Any:
+    """Of the shape that it has, as DTensor asks for it."""
+    return same(func, weight) if tuple(size) == tuple(weight.shape) else NotImplemented
 
 
 def empty_like(func: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:

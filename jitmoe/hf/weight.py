@@ -253,6 +253,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: views.same,
     aten.alias.default: views.same,
     aten.lift_fresh.default: views.same,
+    aten.view.default: views.view,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy,

@@ -14,6 +14,7 @@ from typing import Any
 from jitmoe.config import read_fields
 from jitmoe.errors import ConfigError, UnsupportedExpertsError
 from jitmoe.memory.layers import LAYER_FIELDS, count_expert_layers
+from jitmoe.memory.presets import PRESETS
 from jitmoe.quantization_config import find_config, read_schemes
 
 
@@ -69,7 +70,7 @@ def read_model(path: Path, given: Mapping[str, int] | None = None, layers: int |
     Where transformers is installed and knows the model, its own class fills in what the file leaves at the default.
 
     Args:
-        path: the file.
+        path: the file, or a name of :data:`~jitmoe.memory.presets.PRESETS`.
         given: sizes that the user says under the names of MoEConfig: they fill gaps of the file, and replace it.
         layers: likewise the number of layers with experts.
 
@@ -78,7 +79,8 @@ def read_model(path: Path, given: Mapping[str, int] | None = None, layers: int |
             understood; the message names it.
     """
     given = given or {}
-    whole = with_defaults(read_fields(path, "the config.json of a transformers model"))
+    preset = None if path.exists() else PRESETS.get(str(path))
+    whole = with_defaults(preset or read_fields(path, "the config.json of a transformers model"))
     content = _text_part(whole)
     _refuse_two_matrices(path, content)
     if layers is None or not {"num_experts", "intermediate_size", "top_k"} <= given.keys():
