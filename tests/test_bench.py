@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import struct
 from dataclasses import fields, replace
@@ -12,7 +13,20 @@ import torch
 from helpers import usable_isas
 
 from jitmoe import MemoryPlan
-from jitmoe.bench import ceilings, footprint, machine, measure, peers, phases, plot, report, startup, sweep, targets
+from jitmoe.bench import (
+    busy,
+    ceilings,
+    footprint,
+    machine,
+    measure,
+    peers,
+    phases,
+    plot,
+    report,
+    startup,
+    sweep,
+    targets,
+)
 from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.measure import Measurement, Options, Outcome
 from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, predict, prediction_table, product_share
@@ -260,6 +274,20 @@ def test_our_own_layer_on_quantised_weights_is_a_peer(weight_format):
         for contender in (our_layer(TINY, found.call.isa, decoded, None), found)
     )
     assert torch.equal(expected, result)
+
+
+class TestBusy:
+    def test_others_compute_only_while_it_measures(self, monkeypatch):
+        monkeypatch.setattr(busy, "SMALL", (TINY,))
+        monkeypatch.setattr(busy, "CALLS", 3)
+        monkeypatch.setattr(busy, "SETTLE_SECONDS", 0.0)
+        found = busy.measure_busy("ref")
+        assert [one.name for one in found] == [f"{TINY.name}, forward", f"{TINY.name}, fwd+bwd"]
+        assert all(one.alone > 0 and 0 < one.beside <= one.worst for one in found)
+        assert not multiprocessing.active_children()
+        assert TINY.name in busy.busy_table(found) and set(busy.busy_json(found)[0]) == {
+            f.name for f in fields(busy.Busy)
+        }
 
 
 class TestPackages:

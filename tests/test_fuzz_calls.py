@@ -307,6 +307,9 @@ class Calls(RuleBasedStateMachine):
             assert all(parameter.grad is None for parameter in self.layer.parameters())
 
 
+QUIET = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:all LoRA parameters")
+"""It forks with threads, and freezes adapters, on purpose."""
+
 EITHER = settings(
     phases=[Phase.generate],  # a sequence is short, and its steps are too slow to make it shorter
     stateful_step_count=8,
@@ -316,7 +319,7 @@ EITHER = settings(
 )
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@QUIET
 def test_sequences_of_calls() -> None:
     build_kernels([kind.case for kind in PLAIN], [ISA])
     run_state_machine_as_test(Calls, settings=settings(EITHER, max_examples=30, derandomize=True))
@@ -324,7 +327,7 @@ def test_sequences_of_calls() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@QUIET
 @pytest.mark.parametrize("isa", usable_isas())
 def test_many_sequences_of_calls(isa: str, request: pytest.FixtureRequest) -> None:
     machine = type("Calls", (Calls,), {"isa": isa})
