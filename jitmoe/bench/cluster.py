@@ -23,7 +23,16 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.memory.plan import MemoryPlan, kernels_of, plan_call
 from jitmoe.oracle.workloads import Workload
-from jitmoe.plan.exchange import RankTraffic, RowBytes, bounds_of, row_bytes, share_of, slots_by_rank, traffic
+from jitmoe.plan.exchange import (
+    SUM_BYTES,
+    RankTraffic,
+    RowBytes,
+    bounds_of,
+    row_bytes,
+    share_of,
+    slots_by_rank,
+    traffic,
+)
 
 DRAWN = 2048
 """Most tokens of a machine whose routing is drawn; more are scaled up from these."""
@@ -223,6 +232,7 @@ def _memory(cluster: Cluster, nodes: int, ranks: Sequence[RankTraffic], scale: f
         each = row_bytes(cluster.config.hidden_size, cluster.config.top_k, cluster.training)
         crossing = max(rank.rows_in + rank.rows_out for rank in ranks)
         found["exchange"] = round(scale * crossing * max(each.tokens + each.sums, each.grads + each.grad_sums))
+        found["exchange"] += 2 * rows * cluster.config.hidden_size * SUM_BYTES  # x and its sums in float32
     return found | {"a call": sum(held.values())}
 
 
@@ -235,7 +245,7 @@ def plan_of_rank(config: MoEConfig, nodes: int, rows: int, most_slots: int, thre
         top_k=max(1, most_slots) if nodes > 1 else config.top_k,
         allow_skip=True,
     )
-    return plan_call(kernels_of(local), rows, threads, training, "float32" if nodes > 1 else "bfloat16")
+    return plan_call(kernels_of(local), rows, threads, training)
 
 
 def assumptions_text(cluster: Cluster) -> str:

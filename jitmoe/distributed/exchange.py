@@ -1,28 +1,29 @@
 """One call of experts that live on several ranks, and its backward pass, as one function of autograd.
 
 Forward tells the ranks how many rows will come, sends the rows, computes the own ones meanwhile, then those that came,
-and adds up what comes back. Backward goes the same way with gradients. The experts' own graph is kept between the two.
+and adds up what comes back. Backward goes the same way with gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from jitmoe.distributed.peers import Peers, Pending
 from jitmoe.distributed.rows import Operands, Routes, as_bytes, values_in
 from jitmoe.distributed.traffic import Traffic
-from jitmoe.errors import InputError, PeerError
+from jitmoe.errors import InputError, PeerError, WeightsChangedError
+from jitmoe.experts import passes
+from jitmoe.experts.functional import Base
+from jitmoe.experts.ops import versions_of
+from jitmoe.memory.budget import check_call
 from jitmoe.plan.exchange import COUNTS_BYTES, RowBytes, row_bytes
+from jitmoe.plan.shapes import plan_kernels
 
 TRAINS, WANTS_X, WANTS_WEIGHTS, REFUSED = 1, 2, 4, 8
 """What a rank tells the others about its part of a call."""
-
-Compute = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""From rows of x float32 [n, H], local ids and weights [n, up to K] and parameters by name to float32 [n, H]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,27 +35,29 @@ class Shared:
         bounds: rank r holds the experts from ``bounds[r]`` to ``bounds[r + 1]``.
         allow_skip: ids of no expert are skipped.
         overlap: compute the own rows while others are on their way, in a call of their own.
-        compute: the experts of this rank.
+        base_for: this rank's experts, for rows of so many slots.
+        scale: of LoRA.
     """
 
     peers: Peers
     bounds: Sequence[int]
     allow_skip: bool
     overlap: bool
-    compute: Compute
+    base_for: Callable[[int], Base]
+    scale: float = 0.0
 
 
 def apply(
-    shared: Shared, x: Tensor, topk_ids: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]
+    shared: Shared, x: Tensor, topk_ids: Tensor, weights: Tensor, lora: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Traffic]:
-    """out [T, H] in x's dtype, differentiable in x [T, H], the routing weights [T, K] and the parameters.
+    """out [T, H] in x's dtype, differentiable in x [T, H], the routing weights [T, K] and LoRA.
 
     Raises:
         PeerError: another rank failed, or called with other things.
         InputError: an id of no expert.
     """
-    call = _Call(shared, list(parameters), topk_ids, x.dtype)
-    tensors = (x, weights, *parameters.values())
+    call = _Call(shared, topk_ids, x.dtype)
+    tensors = (x, weights, *lora)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     call.agree(wants)
     out: Tensor = _Exchange.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -66,49 +69,66 @@ def refuse(shared: Shared) -> None:
     shared.peers.tell(torch.tensor([[0, REFUSED]] * shared.peers.size), "counting rows")
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class _Part:
-    """A call of this rank's experts on some rows; its graph lives until backward."""
+    """A call of this rank's experts on some rows, and what its backward needs beside the tensors that it saves.
 
-    def __init__(self, call: "_Call", rows: Operands, parameters: Mapping[str, Tensor]) -> None:
-        self.rows, self.names = len(rows), list(parameters)
-        self.out = torch.zeros(0, rows.x.shape[1])
+    Attributes:
+        out: float32 [n, H].
+        saved: x bfloat16, ids and weights of the slots that are here, their places, and what forward leaves.
+    """
+
+    def __init__(self, call: "_Call", rows: Operands, lora: list[Tensor]) -> None:
+        self.call, self.rows, self.slots = call, len(rows), rows.ids.shape[1]
+        self.out, self.saved = torch.zeros(0, rows.x.shape[1]), list[Tensor]()
         if not self.rows:
             return
-        self.slots, self.places = rows.ids.shape[1], rows.places()
-        ids, weights = (tensor.gather(1, self.places) for tensor in (rows.ids, rows.weights))
-        x = rows.x.float()
-        # No hooks of others: a checkpoint would compute anew for each of these graphs, on some ranks more often.
-        with torch.set_grad_enabled(call.trains), saved_tensors_hooks(_as_it_is, _as_it_is):
-            # Leaves of their own: hooks on the parameters belong to the graph around this one.
-            leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in parameters.items()}
-            self.inputs = {"x": x.requires_grad_(call.wants_x), "weights": weights.requires_grad_(call.wants_weights)}
-            self.inputs |= {f"parameter {name}": leaf for name, leaf in leaves.items()}
-            self.result = call.shared.compute(x, ids, weights, leaves)
-        self.out = self.result.detach()
-
-    def backward(self, out_grad: Tensor, keep: bool) -> dict[str, Tensor]:
-        """Gradients of what wants one, by name."""
-        if not self.rows:
-            return {}
-        wanted = {name: tensor for name, tensor in self.inputs.items() if tensor.requires_grad}
-        found = torch.autograd.grad(
-            self.result, list(wanted.values()), out_grad, retain_graph=keep, materialize_grads=True
+        places = rows.places()
+        ids, weights = (tensor.gather(1, places) for tensor in (rows.ids, rows.weights))
+        base = self.base = call.shared.base_for(ids.shape[1])
+        base.check_forms()
+        base.check_seal()
+        _check_budget(base, self.rows, lora, call.trains)
+        self.frozen = [*base.packed.values(), *base.biases.values()]
+        self.versions = versions_of(self.frozen)
+        self.out, *left = passes.forward(
+            rows.x.float(), ids, weights, self.frozen, lora, base.spec, call.shared.scale, call.trains
         )
-        grads = dict(zip(wanted, found, strict=True))
-        if "weights" in grads:
-            grads["weights"] = torch.zeros(self.rows, self.slots).scatter_(1, self.places, grads["weights"])
-        return grads
+        self.saved = [rows.x, ids, weights, places, *left]
+
+    def backward(
+        self, out_grad: Tensor, saved: Sequence[Tensor], lora: list[Tensor], wants_lora: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of x and of the weights side by side, those that some rank wants, and of LoRA."""
+        wants_x, wants_weights = self.call.wants_x, self.call.wants_weights
+        hidden = out_grad.shape[1]
+        if not self.rows:
+            return torch.zeros(0, hidden * wants_x + self.slots * wants_weights), []
+        if versions_of(self.frozen) != self.versions:
+            raise WeightsChangedError(
+                "base weights were loaded or written between forward and backward: run forward again"
+            )
+        x, ids, weights, places, *left = saved
+        x_grad, weights_grad, *grads = passes.backward(
+            out_grad, x.float(), ids, weights, self.frozen, lora, list(left), self.base.spec, self.call.shared.scale,
+            [wants_x, wants_weights, wants_lora],
+        )  # fmt: skip
+        columns = [x_grad] if wants_x else []
+        if wants_weights:
+            columns.append(torch.zeros(self.rows, self.slots).scatter_(1, places, weights_grad))
+        return torch.cat(columns, 1) if columns else torch.empty(self.rows, 0), grads
+
+
+def _check_budget(base: Base, rows: int, lora: Sequence[Tensor], trains: bool) -> None:
+    if base.config.memory_budget is not None:
+        plan = plan_kernels(base.config, base.isa, str(lora[0].dtype).removeprefix("torch.") if lora else None)
+        check_call(plan, rows, torch.get_num_threads(), trains, "float32")
 
 
 class _Call:
     """What forward and backward of one call share."""
 
-    def __init__(self, shared: Shared, names: list[str], topk_ids: Tensor, dtype: torch.dtype) -> None:
-        self.shared, self.names, self.dtype = shared, names, dtype
+    def __init__(self, shared: Shared, topk_ids: Tensor, dtype: torch.dtype) -> None:
+        self.shared, self.dtype = shared, dtype
         self.peers, self.topk_ids, self.tokens = shared.peers, topk_ids, topk_ids.shape[0]
         self.parts: list[_Part] = []
 
@@ -168,7 +188,7 @@ class _Call:
         parts[self.peers.rank] = own
         return parts
 
-    def forward(self, x: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, lora: list[Tensor]) -> Tensor:
         hidden = x.shape[1]
         x, weights = x.to(torch.bfloat16), weights.float()
         rank, routes = self.peers.rank, self.routes
@@ -177,24 +197,24 @@ class _Call:
         pending = self.exchange("tokens", rows, self.to, self.come)
         own = routes.operands(rank, x, weights)
         if self.shared.overlap and self.peers.size > 1:
-            first = _Part(self, own, parameters)
+            first = _Part(self, own, lora)
             came = Operands.unpacked(pending.wait(), hidden, self.topk_ids.shape[1])
-            self.parts = [first, _Part(self, came, parameters)]
+            self.parts = [first, _Part(self, came, lora)]
             mine, theirs = (part.out for part in self.parts)
         else:
             came = Operands.unpacked(pending.wait(), hidden, self.topk_ids.shape[1])
             both = [torch.cat(pair) for pair in ((own.x, came.x), (own.ids, came.ids), (own.weights, came.weights))]
-            self.parts = [_Part(self, Operands(*both), parameters)]
+            self.parts = [_Part(self, Operands(*both), lora)]
             mine, theirs = self.parts[0].out[: len(own)], self.parts[0].out[len(own) :]
         back = self.exchange("sums", [as_bytes(theirs, 4 * hidden)], self.come, self.to)
         sums = values_in(back.wait(), torch.float32, hidden)
         total = routes.add_up(self.with_own(mine, sums), self.tokens)
         return total.to(self.dtype)
 
-    def backward(self, out_grad: Tensor, keep: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Float32 gradients of x and of the routing weights, [T, 0] where no rank wants them, and of the parameters."""
-        if not self.parts:
-            raise PeerError("backward came again after its graph was freed: pass retain_graph=True to the first one")
+    def backward(
+        self, out_grad: Tensor, saved: Sequence[Sequence[Tensor]], lora: list[Tensor], wants_lora: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Float32 gradients of x and of the routing weights, [T, 0] where no rank wants them, and those of LoRA."""
         hidden, width = out_grad.shape[1], self.bytes_of_rows(out_grad.shape[1])
         out_grad, tokens = out_grad.to(torch.bfloat16), self.routes.tokens
         rows = [as_bytes(out_grad[tokens[other]], width.grads) for other in self.others()]
@@ -202,63 +222,54 @@ class _Call:
         pending = self.exchange("grads", rows, self.to, self.come)
         own = out_grad[tokens[self.peers.rank]].float()
         if len(self.parts) == 2:
-            first = self.parts[0].backward(own, keep)
+            mine, first = self.parts[0].backward(own, saved[0], lora, wants_lora)
             came = values_in(pending.wait(), torch.bfloat16, hidden).float()
-            second = self.parts[1].backward(came, keep)
-            mine, theirs = self._columns(first, len(own), hidden), self._columns(second, len(came), hidden)
-            parts = [first, second]
+            theirs, second = self.parts[1].backward(came, saved[1], lora, wants_lora)
+            grads = [first, second]
         else:
             came = values_in(pending.wait(), torch.bfloat16, hidden).float()
-            parts = [self.parts[0].backward(torch.cat([own, came]), keep)]
-            both = self._columns(parts[0], len(own) + len(came), hidden)
-            mine, theirs = both[: len(own)], both[len(own) :]
-        if not keep:
-            self.parts = []
+            both, first = self.parts[0].backward(torch.cat([own, came]), saved[0], lora, wants_lora)
+            mine, theirs, grads = both[: len(own)], both[len(own) :], [first]
         if not width.grad_sums:
             empty = torch.empty(self.tokens, 0)
-            return empty, empty, _added(parts)
+            return empty, empty, _added(grads)
         back = self.exchange("grad_sums", [as_bytes(theirs, width.grad_sums)], self.come, self.to)
         sums = values_in(back.wait(), torch.float32, mine.shape[1])
         total = self.routes.add_up(self.with_own(mine, sums), self.tokens)
         split = hidden * self.wants_x
-        return total[:, :split], total[:, split:], _added(parts)
-
-    def _columns(self, grads: Mapping[str, Tensor], rows: int, hidden: int) -> Tensor:
-        """Gradients of x and of the weights side by side, those that some rank wants."""
-        wanted = {"x": (self.wants_x, hidden), "weights": (self.wants_weights, self.topk_ids.shape[1])}
-        columns = [grads.get(name, torch.zeros(rows, n)) for name, (wants, n) in wanted.items() if wants]
-        return torch.cat(columns, 1) if columns else torch.empty(rows, 0)
+        return total[:, :split], total[:, split:], _added(grads)
 
 
 class _Exchange(torch.autograd.Function):
     """The call for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, x: Tensor, weights: Tensor, *lora: Tensor) -> Tensor:
         """Run forward."""
-        out = call.forward(x.detach(), weights.detach(), dict(zip(call.names, parameters, strict=True)))
-        # Saved last: a checkpoint that computes anew stops at the last saved tensor, on all ranks behind the exchange.
-        ctx.save_for_backward(weights)
-        ctx.call, ctx.shapes = call, [(p.shape, p.dtype) for p in parameters]
-        ctx.weights_dtype = weights.dtype
+        out = call.forward(x.detach(), weights.detach(), list(lora))
+        # Something is saved on each rank: a checkpoint computes anew where a saved tensor is asked for.
+        saved = [part.saved for part in call.parts]
+        ctx.save_for_backward(weights, *lora, *(tensor for tensors in saved for tensor in tensors))
+        ctx.call, ctx.adapters, ctx.counts = call, len(lora), [len(tensors) for tensors in saved]
+        for part in call.parts:
+            part.out, part.saved = part.out[:0], []
         return out
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Run backward: rounded once into the dtypes of those who want them."""
-        ctx.saved_tensors  # noqa: B018 - frees them, or refuses a second backward
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        x_grad, weights_grad, found = ctx.call.backward(out_grad, keep)
+        weights, *rest = ctx.saved_tensors
+        lora, rest = rest[: ctx.adapters], rest[ctx.adapters :]
+        saved = [rest[sum(ctx.counts[:part]) :][:count] for part, count in enumerate(ctx.counts)]
         _, wants_x, wants_weights, *wants = ctx.needs_input_grad
-        parameters = [
-            found.get(f"parameter {name}", torch.zeros(shape, dtype=dtype)) if wanted else None
-            for name, (shape, dtype), wanted in zip(ctx.call.names, ctx.shapes, wants, strict=True)
-        ]
+        x_grad, weights_grad, grads = ctx.call.backward(out_grad, saved, lora, any(wants))
+        if any(wants) and not grads:  # no token for any of this rank's experts
+            grads = [torch.zeros_like(tensor) for tensor in lora]
         return (
             None,
             x_grad.to(ctx.call.dtype) if wants_x else None,
-            weights_grad.to(ctx.weights_dtype) if wants_weights else None,
-            *parameters,
+            weights_grad.to(weights.dtype) if wants_weights else None,
+            *(grads if any(wants) else [None] * len(lora)),
         )
 
 
@@ -266,11 +277,10 @@ def _first(heard: Sequence[Sequence[int]]) -> list[int]:
     return [count for count, _ in heard]
 
 
-def _added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Gradients of the parameters, of the own rows first."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        for name, grad in part.items():
-            if name.startswith("parameter "):
-                total[name] = total[name].add_(grad) if name in total else grad
+def _added(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Gradients of LoRA, of the own rows first."""
+    first, *others = [part for part in parts if part] or [()]
+    total = list(first)
+    for part in others:
+        total = [one.add_(more) for one, more in zip(total, part, strict=True)]
     return total

@@ -1,9 +1,8 @@
 """A layer whose experts are shared out among the ranks of a group."""
 
-import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from jitmoe.config import MoEConfig
 from jitmoe.distributed import exchange
@@ -19,9 +17,11 @@ from jitmoe.distributed.exchange import Shared
 from jitmoe.distributed.peers import Peers
 from jitmoe.distributed.traffic import Traffic
 from jitmoe.errors import ConfigError, InputError, InputTypeError, PeerError
+from jitmoe.experts.functional import Base
 from jitmoe.experts.inputs import FLOATS, check_dense
 from jitmoe.experts.layer import MoELayer
 from jitmoe.experts.pack import PackedExperts, open_packed
+from jitmoe.experts.passes import spec_of
 from jitmoe.experts.quantized import ExpertSource, Quantized
 from jitmoe.plan.exchange import share_of
 from jitmoe.plan.projections import LORA_NAMES, lora_shapes
@@ -38,6 +38,8 @@ class ExpertParallel(nn.Module):
     ranks and rounded once. All ranks have to call it equally often, forward and backward: a rank without tokens calls
     with T = 0 and runs backward on the empty result. Bits depend on how the experts are shared out, on ``overlap`` and
     on which tokens share a call; not on the number of threads or the run. On one rank they are those of ``MoELayer``.
+
+    The layer is not called as a module: its hooks, and ``layer.capture``, see nothing; traces and checked kernels do.
 
     Gradients of LoRA belong to the experts of this rank, and are summed over the tokens of *all* ranks of the group.
     They need no synchronisation within it, and must have none: see :func:`~jitmoe.distributed.state.local_parameters`.
@@ -179,14 +181,16 @@ class ExpertParallel(nn.Module):
             InputError: wrong shape, device or expert id.
             InputTypeError: wrong dtype.
         """
-        shared = Shared(self._peers, self._bounds, self.allow_skip, self.overlap, self._compute)
+        adapters = self.layer._adapters()
+        lora, scale = ([], 0.0) if adapters is None else (adapters.tensors(), adapters.scale)
+        shared = Shared(self._peers, self._bounds, self.allow_skip, self.overlap, self._base_for, scale)
         try:
             self._check(x, topk_ids, weights)
         except (InputError, InputTypeError):
             exchange.refuse(shared)
             raise
         rows, ids, factors = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, topk_ids.long(), weights))
-        out, self.last_exchange = exchange.apply(shared, rows, ids, factors, dict(self.layer.named_parameters()))
+        out, self.last_exchange = exchange.apply(shared, rows, ids, factors, lora)
         return out.view_as(x)
 
     def extra_repr(self) -> str:
@@ -204,13 +208,11 @@ class ExpertParallel(nn.Module):
             if tensor.shape[:-1] != x.shape[:-1]:
                 raise InputError(f"{name} must have shape {[*x.shape[:-1], config.top_k]} to go with x")
 
-    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        layer = self.layer
-        if ids.shape[1] < layer.config.top_k:  # how many of a token's experts are here is a fact of the call
-            layer = copy.copy(layer)
-            layer.config = replace(layer.config, top_k=ids.shape[1])
-        out: Tensor = functional_call(layer, dict(parameters), (x, ids, weights))
-        return out
+    def _base_for(self, slots: int) -> Base:
+        """This rank's experts for rows of so many slots: how many of a token's experts are here differs by the call."""
+        base = self.layer._base()
+        config = replace(base.config, top_k=slots)
+        return replace(base, config=config, spec=spec_of(config, base.isa))
 
     def _agreed(self) -> list[int]:
         """Where each rank's experts begin, after all ranks have told what they hold."""

@@ -4,7 +4,6 @@ transformers' own "all_to_all" sends a row for each token and expert in bfloat16
 one for each token and rank, adds up in float32, and computes own rows meanwhile. Experts on jitmoe run under all.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,10 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from jitmoe.distributed.exchange import Shared, apply
 from jitmoe.distributed.peers import Peers
-from jitmoe.errors import UnsupportedExpertsError
+from jitmoe.errors import AdapterError, UnsupportedExpertsError
+from jitmoe.experts.functional import Base
+from jitmoe.hf import peft_lora
+from jitmoe.hf.experts import frozen_behind, prepare
 from jitmoe.hf.peft_lora import IMPLEMENTATION
 
 
@@ -38,16 +40,21 @@ class JitmoeEP(EPImplementation):  # type: ignore[misc]
             )
         peers = Peers.of(ep_mesh.get_group())
         bounds = [self.num_local_experts * rank for rank in range(peers.size + 1)]
-        self.shared = Shared(peers, bounds, allow_skip=False, overlap=True, compute=self._compute)
+        self.experts = experts
+        self.shared = Shared(peers, bounds, allow_skip=False, overlap=True, base_for=self._base_for)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' weighted sum for each of this rank's tokens."""
-        out, self.last_exchange = apply(self.shared, hidden_states, top_k_index, top_k_weights, {})
-        return out
+        adapters = peft_lora.adapters_of(self.experts, prepare(self.experts).understood.layout)
+        if adapters is not None:
+            raise AdapterError(
+                "LoRA of experts that transformers shards is not computed under ep_implementation='jitmoe'"
+            )
+        out, self.last_exchange = apply(self.shared, hidden_states, top_k_index, top_k_weights)
+        return frozen_behind(self.experts, out)
 
-    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        out: Tensor = self.experts_forward(x, ids, weights)
-        return out
+    def _base_for(self, slots: int) -> Base:
+        return prepare(self.experts).base_for(slots)
 
 
 def offer() -> None:

@@ -77,7 +77,11 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     prepared = prepare(module)
     base = prepared.base_for(top_k_index.shape[-1])
     adapters = peft_lora.adapters_of(module, prepared.understood.layout)
-    out = moe_experts(hidden_states, top_k_index, top_k_weights, base, adapters)
+    return frozen_behind(module, moe_experts(hidden_states, top_k_index, top_k_weights, base, adapters))
+
+
+def frozen_behind(module: Any, out: Tensor) -> Tensor:
+    """``out`` of a module, behind which a weight that should be trained is an error in backward."""
     if torch.is_grad_enabled() and _wants_gradients(module):
         if torch.compiler.is_compiling():
             raise _frozen(class_name(module))
