@@ -153,8 +153,8 @@ struct LoraVectors {
   static const float* operand(const float* strip, int64_t, float*) { return strip; }
 
   // += left^T . strip, for a strip [rows, 32] of a segment
-  static void add_grad(const float* left, int64_t rows, int64_t rank, const float* strip, const GradStrip& to,
-                       float* scratch) {
+  static void add_grad(const float* left, int64_t rows, int64_t rank, bool, const float* strip,
+                       const GradStrip& to, float* scratch) {
     begin_grad<Gemm>(to, rank, scratch);
     Gemm::outer(left, rank, rank, strip, rows, scratch);
     end_grad<Gemm>(scratch, rank, to);

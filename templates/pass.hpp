@@ -322,7 +322,7 @@ struct Pass {
   void add_a_grad(const P& of, const float* du, const Segment& segment, int64_t strip,
                   const float* values) const {
     Form::add_grad(
-        du, segment.rows, call.rank, values,
+        du, segment.rows, call.rank, true, values,
         a_strip(of.at.a_grad, segment.expert, strip * kStrip, width(P::kIn, strip), first(segment)),
         lora_strip());
   }
@@ -330,7 +330,7 @@ struct Pass {
   void add_b_grad(const P& of, const float* u, const Segment& segment, int64_t strip,
                   const float* values) const {
     Form::add_grad(
-        u, segment.rows, call.rank, values,
+        u, segment.rows, call.rank, false, values,
         b_strip(of.at.b_grad, segment.expert, strip * kStrip, width(P::kOut, strip), first(segment)),
         lora_strip());
   }

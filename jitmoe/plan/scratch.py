@@ -19,9 +19,6 @@ BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
 TILE_ROWS = 16
 """Rows of a whole tile; kTile in shape.hpp."""
 
-TILE_RANKS = 8
-"""Ranks whose two halves fill a tile; kGradRanks in gemm/lora_tiles.hpp."""
-
 CHUNK = 256
 """Columns of the contraction whose weights are expanded or paired at a time; mirrors kChunk in gemm/tuning.hpp."""
 
@@ -181,9 +178,10 @@ def _weights_items(shape: Shape) -> int:
 
 
 def _left(shape: Shape, size: Extents) -> tuple[int, ...]:
-    """u or du as the left operand of gradients: rows, or tiles of 8 ranks (gemm/lora_tiles.hpp)."""
+    """u or du as the left operand of gradients: rows, or tiles of both halves (``left_tiles`` of gemm/lora_tiles.hpp)."""
     if ISAS[shape.isa].tiles:
-        return size.blocks, ceil_div(size.rank, TILE_RANKS), TILE_ROWS * K_STEP // 2
+        tiles = 1 if 2 * size.rank <= TILE_ROWS else 2 * ceil_div(size.rank, TILE_ROWS)
+        return size.blocks, tiles, TILE_ROWS * K_STEP // 2
     return size.rows, size.rank
 
 
@@ -198,7 +196,7 @@ def _lora_items(shape: Shape, rank: int) -> int:
     if not ISAS[shape.isa].tiles:
         return strip
     steps = 2 * _lora_steps(shape, rank) * K_STEP * N_STRIP // 2
-    return strip + max(steps, ceil_div(rank, TILE_RANKS) * TILE_ROWS * N_STRIP)
+    return strip + max(steps, ceil_div(rank, TILE_ROWS) * TILE_ROWS * N_STRIP)
 
 
 def _gathered_items(shape: Shape, size: Extents) -> int:

@@ -6,10 +6,13 @@
 //   K-step             [h0 l0] [h1 l1] .. [h0 h1] ..     `low`, row blocks like those of a panel
 //                    . [H0 H0] [H1 H1] .. [L0 L1] ..     `right`, blocks of pairs: 10 ranks are one step
 //
-//   gradients          rank 0   h of rows 0 .. 31        `left`: for each row block tiles of 8 ranks
-//                       ..
-//                      rank 0   l of rows 0 .. 31        [v0 v1] [v2 v3] ..: pairs of rows of a strip, in bfloat16
-//                       ..
+//   gradients          rank 0   h of rows 0 .. 31        `left`: for each row block one tile of up to 8 ranks, or
+//                       ..                               tiles of 16 high halves, then as many of low ones
+//                      rank 0   l of rows 0 .. 31
+//                       ..                             . [v0 v1] [v2 v3] ..: pairs of rows of a strip, in bfloat16
+//
+// Of more than 8 ranks the gradient of B takes the high halves of u alone. The sum over rows hides that rounding, while
+// gradients of A come near the yardstick's limit without low halves (0.77 of 0.8, 2026-11-25).
 //
 // LoRA parameters in bfloat16 have no low halves: tiles of A have 16 ranks, and the K-step ends before [h0 h1]. The
 // product of two low halves is left out, 2^-18 of the value.
@@ -38,15 +41,17 @@ struct LoraTiles {
   static constexpr bool kPairs = true;
   static constexpr int64_t kTiles = S.m_step / kTile;             // of a row block, side by side
   static constexpr int64_t kRanks = kTileRanks<S.lora_bf16>;      // of a tile of A or B
-  static constexpr int64_t kGradRanks = kTile / 2;                // of a tile of `left`
   static constexpr int64_t kBlockFloats = kBlockElements / 2;     // sizes of scratch are in float32
   static constexpr int64_t kTileFloats = kTileElements / 2;
 
   static int64_t steps(int64_t rank) { return ceil_div(rank * (S.lora_bf16 ? 2 : 3), kKStep); }
-  static int64_t grad_tiles(int64_t rank) { return ceil_div(rank, kGradRanks); }
+  // Whether both halves of all ranks share one tile of a gradient.
+  static bool share_tile(int64_t rank) { return rank <= kTile / 2; }
+  static int64_t grad_tiles(int64_t rank) { return ceil_div(rank, kTile); }
+  static int64_t left_tiles(int64_t rank) { return share_tile(rank) ? 1 : 2 * grad_tiles(rank); }
   static int64_t low_floats(int64_t rank) { return steps(rank) * kTiles * kTileFloats; }
   static int64_t left_floats(int64_t, int64_t blocks, int64_t rank) {
-    return blocks * grad_tiles(rank) * kTileFloats;
+    return blocks * left_tiles(rank) * kTileFloats;
   }
 
   // The matrix is packed on the way, two tiles of ranks and one chunk of k at a time.
@@ -67,7 +72,7 @@ struct LoraTiles {
           const float value = (S.lora_bf16 ? sum[0] : sum[0] + sum[kRanks]) * scale;
           put_low(low, rank, row, first + j, value);
           if (to.saved) to.saved[row * rank + first + j] = value;
-          if (to.left) put_left(to.left, row, first + j, to.weights ? value * to.weights[row] : value);
+          if (to.left) put_left(to.left, rank, row, first + j, to.weights ? value * to.weights[row] : value);
         }
     }
   }
@@ -81,7 +86,7 @@ struct LoraTiles {
     std::memset(left, 0, left_floats(rows, 1, rank) * sizeof(float));
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t r = 0; r < rank; ++r)
-        put_left(left, row, r, saved[row * rank + r] * (weights ? weights[row] : 1.0f));
+        put_left(left, rank, row, r, saved[row * rank + r] * (weights ? weights[row] : 1.0f));
   }
 
   // The right operand of a K-step from 32 columns of a LoRA matrix, `strip` [rank, 32]: behind it, as number `index`.
@@ -120,25 +125,26 @@ struct LoraTiles {
     return pairs;
   }
 
-  // += left . pairs; the sums lie in `scratch` [rank, 32], the products of tiles behind them.
-  static void add_grad(const float* left, int64_t rows, int64_t rank, const float* pairs, const GradStrip& to,
-                       float* scratch) {
-    const int64_t blocks = ceil_div(rows, S.m_step), tiles = grad_tiles(rank);
+  // += left . pairs, with the low halves of many ranks only where `exact`. The sums lie in `scratch` [rank, 32], the
+  // products of tiles behind them.
+  static void add_grad(const float* left, int64_t rows, int64_t rank, bool exact, const float* pairs,
+                       const GradStrip& to, float* scratch) {
+    const int64_t blocks = ceil_div(rows, S.m_step), tiles = grad_tiles(rank), all = left_tiles(rank);
+    const int64_t used = exact ? all : smaller(all, tiles);
     float* const product = scratch + rank * kStrip;
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const bf16* const a = as_bf16s(left) + tile * kTileElements;
       multiply_block<2>(smaller(2, tiles - tile) * kTile, SumStart::zeros(), product + tile * kTile * kStrip,
                         [&](auto step) {
                           for (int64_t b = 0; b < blocks; ++b)
-                            step(a + b * tiles * kTileElements, as_bf16s(pairs) + b * kBlockElements);
+                            for (int64_t half = 0; half < used; half += tiles)
+                              step(a + (b * all + half) * kTileElements, as_bf16s(pairs) + b * kBlockElements);
                         });
     }
     begin_grad<Gemm>(to, rank, scratch);
-    for (int64_t r = 0; r < rank; ++r) {
-      const float* const high = product + (r / kGradRanks * kTile + r % kGradRanks) * kStrip;
-      for (int64_t c = 0; c < kStrip; ++c)
-        scratch[r * kStrip + c] += high[c] + high[kGradRanks * kStrip + c];
-    }
+    if (share_tile(rank))
+      for (int64_t i = 0; i < rank * kStrip; ++i) product[i] += product[kTile / 2 * kStrip + i];
+    for (int64_t i = 0; i < rank * kStrip; ++i) scratch[i] += product[i];
     end_grad<Gemm>(scratch, rank, to);
   }
 
@@ -182,11 +188,11 @@ struct LoraTiles {
     as_bf16s(low)[low_place(row, 2 * r + 1)] = halves.low;
     if constexpr (!S.lora_bf16) as_bf16s(low)[low_place(row, 2 * rank + r)] = halves.high;
   }
-  static void put_left(float* left, int64_t row, int64_t r, float value) {
+  static void put_left(float* left, int64_t rank, int64_t row, int64_t r, float value) {
     const Halves halves = split(value);
-    bf16* const at = as_bf16s(left) + r / kGradRanks * kTileElements + r % kGradRanks * kKStep + row;
+    bf16* const at = as_bf16s(left) + r * kKStep + row;  // tiles of 16 ranks follow each other
     at[0] = halves.high;
-    at[kGradRanks * kKStep] = halves.low;
+    at[share_tile(rank) ? kTileElements / 2 : grad_tiles(rank) * kTileElements] = halves.low;
   }
 };
 
