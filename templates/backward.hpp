@@ -22,11 +22,11 @@ struct Backward : Forward<S, Gemm> {
   using Base = Forward<S, Gemm>;
   using Base::add_a_grad, Base::add_b_grad, Base::add_to_tokens, Base::kActStrips;
   using Base::call, Base::gate, Base::up, Base::down, Base::group, Base::thread, Base::kTraced;
-  using typename Base::Form;
   using Base::gather, Base::operand, Base::gather_operand, Base::load_x, Base::make_u, Base::make_du;
-  using Base::project_back, Base::project_gate_up_back, Base::left;
   using Base::load_bf16, Base::clear_padding, Base::put, Base::show, Base::width;
+  using Base::project_back, Base::project_gate_up_back, Base::left;
   using Base::strip, Base::rows, Base::saved_u, Base::saved_strip, Base::again_strip;
+  using typename Base::Form;
 
   bool recomputes() const { return !call.gate.saved; }
   bool wants_lora() const { return call.rank && call.gate.a_grad.data; }
@@ -159,8 +159,7 @@ struct Backward : Forward<S, Gemm> {
     add_dot_parts(block);
     make_du(gate, call.gate.grad_panel, block, nullptr);
     make_du(up, call.up.grad_panel, block, nullptr);
-    if (needs_acts())
-      make_u(down, call.act_panel, block, to_u_rows(call.down, block, weights_of_u(block)));
+    if (needs_acts()) make_u(down, call.act_panel, block, to_u_rows(call.down, block, weights_of_u(block)));
   }
 
   void add_dot_parts(const Block& block) const {

@@ -21,8 +21,7 @@ struct Forward : Pass<S, Gemm> {
   using Base::strip, Base::saved_u, Base::saved_strip, Base::store_bf16, Base::put, Base::show;
 
   void load(const Block& block) const {
-    load_x(block, {saved_u(call.gate, block), nullptr, nullptr},
-           {saved_u(call.up, block), nullptr, nullptr});
+    load_x(block, {saved_u(call.gate, block), nullptr, nullptr}, {saved_u(call.up, block), nullptr, nullptr});
   }
 
   void load_x(const Block& block, const LowRankRows& gate_u, const LowRankRows& up_u) const {

@@ -106,8 +106,7 @@ void end_grad(const float* sums, int64_t rank, const GradStrip& to) {
   if (transposed(to))
     Gemm::transpose(sums, kStrip, rank, to.lanes, to.at, to.lane_stride);
   else if (to.lane_stride == 1 && to.lanes == kStrip)
-    store_grad(sums, rank, kStrip,
-               {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
+    store_grad(sums, rank, kStrip, {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
   else
     store_grad(sums, rank, to.lanes, to);
 }

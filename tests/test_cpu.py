@@ -60,7 +60,7 @@ def test_auto_takes_the_best_set_that_has_kernels(pretend):
 )
 def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
     pretend(ISAS["amx"].features)
-    monkeypatch.setattr(programs, "check_tiles", lambda: fault)
+    monkeypatch.setattr(programs, "check_tiles", lambda isa: fault)
     with caplog.at_level(logging.INFO, logger="jitmoe"):
         assert {capability.resolve_isa("auto") for _ in range(3)} == {"avx512_bf16"}
     assert [record.getMessage() for record in caplog.records] == [f"using avx512_bf16: amx cannot be used ({fault})"]
@@ -70,7 +70,7 @@ def test_auto_falls_back_with_one_log_line(pretend, monkeypatch, caplog, fault):
 
 def test_all_checks_passed(pretend, monkeypatch):
     pretend(ISAS["amx"].features)
-    monkeypatch.setattr(programs, "check_tiles", lambda: None)
+    monkeypatch.setattr(programs, "check_tiles", lambda isa: None)
     assert capability.resolve_isa("auto") == capability.describe("amx") == "amx"
 
 
@@ -119,7 +119,7 @@ class TestEmulation:
 
     def test_amx_that_the_kernel_refuses_is_emulated(self, pretend, monkeypatch):
         pretend(ISAS["amx"].features)
-        monkeypatch.setattr(programs, "check_tiles", lambda: programs.tile_permission_fault(errno.ENOSPC))
+        monkeypatch.setattr(programs, "check_tiles", lambda isa: programs.tile_permission_fault(errno.ENOSPC))
         monkeypatch.setenv("JITMOE_EMULATE", "1")
         assert capability.describe("amx") == "amx (emulated)"
 

@@ -178,7 +178,7 @@ def _weights_items(shape: Shape) -> int:
 
 
 def _left(shape: Shape, size: Extents) -> tuple[int, ...]:
-    """u or du as the left operand of gradients: rows, or tiles of both halves (``left_tiles`` of gemm/lora_tiles.hpp)."""
+    """u or du as the left operand of gradients: rows, or tiles (``left_tiles`` in gemm/lora_tiles.hpp)."""
     if ISAS[shape.isa].tiles:
         tiles = 1 if 2 * size.rank <= TILE_ROWS else 2 * ceil_div(size.rank, TILE_ROWS)
         return size.blocks, tiles, TILE_ROWS * K_STEP // 2

@@ -241,8 +241,10 @@ constexpr bool check_back_end() {
                 "a back end needs backward(panel, rows, n, weights, start, strip, scratch)");
   static_assert(OrdersColumns<G>,
                 "a back end needs int64_t column_at(lane) and to_natural_order(strip, rows)");
-  static_assert(BringsLora<G, S> || MultipliesLowRank<G, S>, "a back end needs low_rank(block, rows, k, lora, rank, low)");
-  static_assert(BringsLora<G, S> || AddsOuterProducts<G>, "a back end needs outer(a, a_stride, rows, b, k, c)");
+  static_assert(BringsLora<G, S> || MultipliesLowRank<G, S>,
+                "a back end needs low_rank(block, rows, k, lora, rank, low)");
+  static_assert(BringsLora<G, S> || AddsOuterProducts<G>,
+                "a back end needs outer(a, a_stride, rows, b, k, c)");
   static_assert(Transposes<G>,
                 "a back end needs transpose and transpose_padded(from, stride, rows, columns, to, stride)");
   return BackEnd<G, S>;

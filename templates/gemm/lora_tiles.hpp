@@ -39,9 +39,9 @@ template <Shape S, class Gemm>
 struct LoraTiles {
   using View = typename LoraMatrix<S>::View;
   static constexpr bool kPairs = true;
-  static constexpr int64_t kTiles = S.m_step / kTile;             // of a row block, side by side
-  static constexpr int64_t kRanks = kTileRanks<S.lora_bf16>;      // of a tile of A or B
-  static constexpr int64_t kBlockFloats = kBlockElements / 2;     // sizes of scratch are in float32
+  static constexpr int64_t kTiles = S.m_step / kTile;          // of a row block, side by side
+  static constexpr int64_t kRanks = kTileRanks<S.lora_bf16>;   // of a tile of A or B
+  static constexpr int64_t kBlockFloats = kBlockElements / 2;  // sizes of scratch are in float32
   static constexpr int64_t kTileFloats = kTileElements / 2;
 
   static int64_t steps(int64_t rank) { return ceil_div(rank * (S.lora_bf16 ? 2 : 3), kKStep); }
@@ -55,8 +55,8 @@ struct LoraTiles {
   }
 
   // The matrix is packed on the way, two tiles of ranks and one chunk of k at a time.
-  static void low_rank(const bf16* block, int64_t rows, int64_t k, const View& lora, int64_t rank, float scale,
-                       float* low, const LowRankRows& to) {
+  static void low_rank(const bf16* block, int64_t rows, int64_t k, const View& lora, int64_t rank,
+                       float scale, float* low, const LowRankRows& to) {
     std::memset(low, 0, low_floats(rank) * sizeof(float));
     if (to.left) std::memset(to.left, 0, left_floats(rows, 1, rank) * sizeof(float));
     for (int64_t first = 0; first < rank; first += 2 * kRanks) {
@@ -82,7 +82,8 @@ struct LoraTiles {
   }
 
   // u of a row block as forward saved it -> the left operand of gradients.
-  static void left_of_saved(const float* saved, int64_t rows, int64_t rank, const float* weights, float* left) {
+  static void left_of_saved(const float* saved, int64_t rows, int64_t rank, const float* weights,
+                            float* left) {
     std::memset(left, 0, left_floats(rows, 1, rank) * sizeof(float));
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t r = 0; r < rank; ++r)
@@ -138,7 +139,8 @@ struct LoraTiles {
                         [&](auto step) {
                           for (int64_t b = 0; b < blocks; ++b)
                             for (int64_t half = 0; half < used; half += tiles)
-                              step(a + (b * all + half) * kTileElements, as_bf16s(pairs) + b * kBlockElements);
+                              step(a + (b * all + half) * kTileElements,
+                                   as_bf16s(pairs) + b * kBlockElements);
                         });
     }
     begin_grad<Gemm>(to, rank, scratch);
@@ -155,7 +157,8 @@ struct LoraTiles {
 
   // 16 pairs of a line of a block of pairs.
   static uint32_t* line(float* blocks, int64_t at, int64_t tile) {
-    return reinterpret_cast<uint32_t*>(blocks) + at / kTile * kBlockFloats + tile * kTileFloats + at % kTile * kTile;
+    return reinterpret_cast<uint32_t*>(blocks) + at / kTile * kBlockFloats + tile * kTileFloats +
+           at % kTile * kTile;
   }
 
   template <int Columns>

@@ -38,8 +38,8 @@ inline __m256i bits_of(__m256bh values) { return reinterpret_cast<__m256i>(value
 
 // What is left of 16 values when their high halves are taken away.
 inline __m512 rest_of(__m512 values, __m256i high) {
-  const __m512 rest = _mm512_sub_ps(
-      values, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+  const __m512 rest =
+      _mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
   const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(rest, rest), _mm512_setzero_ps(), _CMP_EQ_OQ);
   return _mm512_maskz_mov_ps(finite, rest);
 }
@@ -51,14 +51,14 @@ struct alignas(64) LaneOrder {
   constexpr explicit LaneOrder(Order&& order) : lane{} {
     for (int i = 0; i < 32; ++i) lane[i] = static_cast<uint16_t>(order(i / 2, i % 2));
   }
-  __m512i of(__m512i a, __m512i b) const {
-    return _mm512_permutex2var_epi16(a, _mm512_load_si512(lane), b);
-  }
+  __m512i of(__m512i a, __m512i b) const { return _mm512_permutex2var_epi16(a, _mm512_load_si512(lane), b); }
 };
 inline constexpr LaneOrder kPairHalves([](int pair, int odd) { return pair + 16 * odd; });
 inline constexpr LaneOrder kPairFirst([](int pair, int odd) { return pair + 32 * odd; });
 inline constexpr LaneOrder kPairLast([](int pair, int odd) { return 16 + pair + 32 * odd; });
-inline constexpr LaneOrder kPairQuarters([](int pair, int odd) { return pair % 8 + 8 * odd + pair / 8 * 32; });
+inline constexpr LaneOrder kPairQuarters([](int pair, int odd) {
+  return pair % 8 + 8 * odd + pair / 8 * 32;
+});
 
 // The first `columns` of 32 values as bfloat16, then zeros.
 inline __m512i load_rounded(const float* values, int64_t columns) {
