@@ -15,7 +15,7 @@
 // gradients of A come near the yardstick's limit without low halves (0.77 of 0.8, 2026-11-25).
 //
 // LoRA parameters in bfloat16 have no low halves: tiles of A have 16 ranks, and the K-step ends before [h0 h1]. The
-// product of two low halves is left out, 2^-18 of the value.
+// product of two low halves is left out, 2^-16 of the value.
 #pragma once
 #include "gemm/tile_packing.hpp"
 #include "gemm/tile_product.hpp"
@@ -23,17 +23,6 @@
 #include "lora.hpp"
 
 namespace jitmoe {
-
-// The halves of a value as the upper halves of 32 bits, for loops that become vectors.
-struct HalfBits {
-  uint32_t high;
-  uint32_t low;
-};
-[[gnu::always_inline]] inline HalfBits split_bits(float value) {
-  const uint32_t high = rounded_bits(value) & 0xffff0000;
-  const float rest = value - std::bit_cast<float>(high);
-  return {high, rest - rest == 0.0f ? rounded_bits(rest) & 0xffff0000 : 0};
-}
 
 template <Shape S, class Gemm>
 struct LoraTiles {
@@ -92,23 +81,21 @@ struct LoraTiles {
 
   // The right operand of a K-step from 32 columns of a LoRA matrix, `strip` [rank, 32]: behind it, as number `index`.
   static const float* right(float* strip, int64_t rank, int64_t index) {
-    float* const blocks = strip + rank * kStrip + index * steps(rank) * kBlockFloats;
-    const int64_t all = steps(rank) * kTile;
-    for (int64_t r = 0; r < rank; ++r)
-      for (int64_t c = 0; c < kStrip; ++c) {
-        const uint32_t high = split_bits(strip[r * kStrip + c]).high;
-        line(blocks, r, c / kTile)[c % kTile] = high | high >> 16;
+    float* const floats = strip + rank * kStrip + index * steps(rank) * kBlockFloats;
+    bf16* const blocks = as_bf16s(floats);
+    const int64_t all = steps(rank) * kTile, used = rank + (S.lora_bf16 ? 0 : ceil_div(rank, 2));
+    alignas(64) bf16 nobody[kKStep];
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      for (int64_t r = 0; r < rank; r += 2) {
+        const float* const even = strip + r * kStrip + tile * kTile;
+        const bool two = r + 1 < rank;
+        pair_halves(even, two ? even + kStrip : kZeros, line(blocks, r, tile),
+                    two ? line(blocks, r + 1, tile) : nobody,
+                    S.lora_bf16 ? nobody : line(blocks, rank + r / 2, tile));
       }
-    int64_t at = rank;
-    for (int64_t r = 0; !S.lora_bf16 && r < rank; r += 2, ++at) {
-      const float* const even = strip + r * kStrip;
-      const float* const odd = r + 1 < rank ? even + kStrip : kZeros;
-      for (int64_t c = 0; c < kStrip; ++c)
-        line(blocks, at, c / kTile)[c % kTile] = split_bits(even[c]).low >> 16 | split_bits(odd[c]).low;
+      for (int64_t at = used; at < all; ++at) std::memset(line(blocks, at, tile), 0, kRowBytes);
     }
-    for (; at < all; ++at)
-      for (int64_t tile = 0; tile < 2; ++tile) std::memset(line(blocks, at, tile), 0, kRowBytes);
-    return blocks;
+    return floats;
   }
 
   // Rows of a segment, bfloat16 or float32 [rows, 32] -> the right operand of gradients, a block for each row block.
@@ -126,8 +113,8 @@ struct LoraTiles {
     return pairs;
   }
 
-  // += left . pairs, with the low halves of many ranks only where `exact`. The sums lie in `scratch` [rank, 32], the
-  // products of tiles behind them.
+  // += left . pairs, with the low halves of many ranks only where `exact`. The products of tiles lie behind the first
+  // [rank, 32] of `scratch`.
   static void add_grad(const float* left, int64_t rows, int64_t rank, bool exact, const float* pairs,
                        const GradStrip& to, float* scratch) {
     const int64_t blocks = ceil_div(rows, S.m_step), tiles = grad_tiles(rank), all = left_tiles(rank);
@@ -143,11 +130,14 @@ struct LoraTiles {
                                    as_bf16s(pairs) + b * kBlockElements);
                         });
     }
-    begin_grad<Gemm>(to, rank, scratch);
     if (share_tile(rank))
       for (int64_t i = 0; i < rank * kStrip; ++i) product[i] += product[kTile / 2 * kStrip + i];
-    for (int64_t i = 0; i < rank * kStrip; ++i) scratch[i] += product[i];
-    end_grad<Gemm>(scratch, rank, to);
+    if (transposed(to))
+      add_transposed(product, rank, to, scratch);
+    else if (to.lane_stride == 1 && to.lanes == kStrip)
+      add_lanes(product, rank, {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
+    else
+      add_lanes(product, rank, to);
   }
 
  private:
@@ -155,10 +145,9 @@ struct LoraTiles {
   static bf16* as_bf16s(float* values) { return reinterpret_cast<bf16*>(values); }
   static const bf16* as_bf16s(const float* values) { return reinterpret_cast<const bf16*>(values); }
 
-  // 16 pairs of a line of a block of pairs.
-  static uint32_t* line(float* blocks, int64_t at, int64_t tile) {
-    return reinterpret_cast<uint32_t*>(blocks) + at / kTile * kBlockFloats + tile * kTileFloats +
-           at % kTile * kTile;
+  // 16 pairs of a line of blocks of pairs.
+  static bf16* line(bf16* blocks, int64_t at, int64_t tile) {
+    return blocks + at / kTile * kBlockElements + tile * kTileElements + at % kTile * kKStep;
   }
 
   template <int Columns>
@@ -179,6 +168,23 @@ struct LoraTiles {
                                   step(a + i * kTiles * kTile, pairs + i * kStrip);
                               });
     }
+  }
+
+  [[gnu::always_inline]] static void add_lanes(const float* product, int64_t rank, const GradStrip& to) {
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t c = 0; c < to.lanes; ++c) {
+        float& grad = to.at[r * to.rank_stride + c * to.lane_stride];
+        grad = (to.first ? 0.0f : grad) + product[r * kStrip + c];
+      }
+  }
+  // Where the ranks of a gradient are contiguous: through `turned` [lanes, ranks].
+  static void add_transposed(const float* product, int64_t rank, const GradStrip& to, float* turned) {
+    Gemm::transpose(product, kStrip, rank, to.lanes, turned, rank);
+    for (int64_t c = 0; c < to.lanes; ++c)
+      for (int64_t r = 0; r < rank; ++r) {
+        float& grad = to.at[c * to.lane_stride + r];
+        grad = (to.first ? 0.0f : grad) + turned[c * rank + r];
+      }
   }
 
   // Element of `low`, in columns of the contraction.

@@ -108,6 +108,21 @@ inline __m512i pair_ranks(const bf16* even, int64_t evens, const bf16* odd, int6
   return kPairFirst.of(_mm512_castsi256_si512(a), _mm512_castsi256_si512(b));
 }
 
+// 16 values of two ranks: their high halves twice, and their low halves as one line of pairs.
+inline void pair_halves(const float* even, const float* odd, bf16* highs, bf16* odd_highs, bf16* lows) {
+  const __m512 values[] = {_mm512_loadu_ps(even), _mm512_loadu_ps(odd)};
+  bf16* const lines[] = {highs, odd_highs};
+  __m512 rest[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i high = bits_of(_mm512_cvtneps_pbh(values[i]));
+    const __m512i wide = _mm512_cvtepu16_epi32(high);
+    _mm512_storeu_si512(lines[i], _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
+    rest[i] = rest_of(values[i], high);
+  }
+  const __m512i both = bits_of(_mm512_cvtne2ps_pbh(rest[1], rest[0]));
+  _mm512_storeu_si512(lows, kPairHalves.of(both, both));
+}
+
 // `ranks` ranks from `rank` on x `ks` values from `k` on -> one tile of pairs, zero outside the matrix.
 template <bool Bf16>
 void pack_lora(const LoraView<Bf16>& lora, int64_t k, int64_t ks, int64_t rank, int64_t ranks, bf16* tile) {
@@ -150,6 +165,16 @@ void pair_rows(const T* even, const T* odd, bf16* line) {
     bf16* pair = line + c / kTile * kTileElements + c % kTile * 2;
     pair[0] = as_bf16(even[c]);
     pair[1] = as_bf16(odd[c]);
+  }
+}
+
+inline void pair_halves(const float* even, const float* odd, bf16* highs, bf16* odd_highs, bf16* lows) {
+  for (int64_t c = 0; c < kTile; ++c) {
+    const Halves left = split(even[c]), right = split(odd[c]);
+    highs[2 * c] = highs[2 * c + 1] = left.high;
+    odd_highs[2 * c] = odd_highs[2 * c + 1] = right.high;
+    lows[2 * c] = left.low;
+    lows[2 * c + 1] = right.low;
   }
 }
 
