@@ -25,7 +25,7 @@ RANKS = (1, 3, 8, 10, 11, 16, 17, 40)
 ROWS = (3, 16, 35, 100)
 
 EXACT = 2.0**-14
-"""Of the sum of magnitudes: 2^-16 for the rest of each operand, 2^-16 for the product of low halves, and float32 sums."""
+"""Of the sum of magnitudes: 2^-16 for the rest of each operand and for the product of low halves, and float32 sums."""
 
 ROUNDED = 2.0**-8 + EXACT
 """The same where one operand is rounded to bfloat16."""
