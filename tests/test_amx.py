@@ -16,8 +16,8 @@ import pytest
 import test_faults_values
 import test_lora_views
 import torch
-from emulated import NEEDS_TILES, Emulated, can_emulate, tiles
-from helpers import config_of, different, layer_of
+from emulated import NEEDS_TILES, TILE_ISAS, Emulated, can_emulate, tiles
+from helpers import config_of, copied, different, layer_of
 from mutation import Mutant, broken_templates
 from test_faults_values import poison_padding
 from yardstick import CASES, Case, check, make_inputs, results_of_layer
@@ -139,6 +139,20 @@ def check_batch_invariance(isa: str) -> None:
 
 def test_a_row_has_the_same_bits_in_any_batch(emulated: Emulated) -> None:
     emulated(check_batch_invariance, ISA)
+
+
+def check_vectors_beside(case: Case) -> None:
+    inputs = make_inputs(case)
+    for options in ({}, {"recompute": True}, {"batch_invariant": True}):
+        one, other = (copied(results_of_layer(layer_of(inputs, isa, **options), inputs)) for isa in TILE_ISAS)
+        assert different(one, other) == [], options
+
+
+@pytest.mark.skipif(not all(map(can_emulate, TILE_ISAS)), reason="AMX beside AVX-512 cannot be emulated on this CPU")
+@pytest.mark.parametrize("case", [TAILS, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES)], ids=str)
+def test_the_vectors_beside_the_tiles_change_no_bit(emulated: Emulated, case: Case) -> None:
+    """AVX2 or AVX-512: the code for CPUs without AVX-512 is that of AMX, but for loops in place of instructions."""
+    emulated(check_vectors_beside, replace(case, tokens=max(case.tokens, 20 * case.experts)))
 
 
 def check_lost_configuration(isa: str, library: Path) -> None:
