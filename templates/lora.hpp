@@ -4,7 +4,8 @@
 //
 // The parameters are read where their owner keeps them in every call and never packed, so an optimizer step can't be
 // missed; gradients are written where their owner wants them. Both may have any strides. Gradients are outer products
-// of low-rank rows with the strips already at hand.
+// of low-rank rows with the strips already at hand. `LoraVectors` is the form for float32 vectors; gemm/lora_tiles.hpp has
+// that for tiles.
 #pragma once
 #include <cstring>
 
