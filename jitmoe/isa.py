@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-IsaName = Literal["amx", "avx512_bf16", "avx512", "avx2", "ref"]
+IsaName = Literal["amx", "avx512_bf16", "avx512", "amx_avx2", "avx2", "ref"]
 IsaChoice = Literal["auto", IsaName]
 
 EMULATED_FEATURES = frozenset({"avx512bf16", "amx-tile", "amx-bf16"})
@@ -27,6 +27,7 @@ class InstructionSet:
         column_step: a panel's columns are padded to a multiple of this: 32 for tiles, 2 for pairs.
         row_limits: for each kernel but the last, mean rows per active expert beyond which the next one is taken.
         few_rows: another set, whose smallest register block computes calls with the fewest rows.
+        tiles: the products are those of tiles, LoRA's among them.
     """
 
     name: IsaName
@@ -36,6 +37,7 @@ class InstructionSet:
     column_step: int = 1
     row_limits: tuple[int, ...] = ()
     few_rows: IsaName | None = None
+    tiles: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -65,6 +67,7 @@ ISAS: dict[str, InstructionSet] = {
             # up to 8 rows, hardly an expert fills more than one tile: blocks of 32 would be half empty.
             row_limits=(4, 8),
             few_rows="avx512",
+            tiles=True,
         ),
         InstructionSet(
             "avx512_bf16",
@@ -74,6 +77,17 @@ ISAS: dict[str, InstructionSet] = {
             column_step=2,
         ),
         InstructionSet("avx512", features=_AVX512, m_steps=(4, 14), row_limits=(4,)),
+        # The same kernels beside the vectors of AVX2: so the emulator executes tiles on CPUs without AVX-512.
+        InstructionSet(
+            "amx_avx2",
+            features=(*_AVX2, "amx-tile", "amx-bf16"),
+            m_steps=(16, 32),
+            operand="bfloat16",
+            column_step=32,
+            row_limits=(4, 8),
+            few_rows="avx2",
+            tiles=True,
+        ),
         InstructionSet("avx2", features=_AVX2, m_steps=(3, 6), row_limits=(4,)),
         InstructionSet("ref", features=(), m_steps=(4, 14), row_limits=(4,)),
     )

@@ -22,19 +22,32 @@ struct Backward : Forward<S, Gemm> {
   using Base = Forward<S, Gemm>;
   using Base::add_a_grad, Base::add_b_grad, Base::add_to_tokens, Base::kActStrips;
   using Base::call, Base::gate, Base::up, Base::down, Base::group, Base::thread, Base::kTraced;
-  using Base::gather, Base::gather_strip, Base::load_x, Base::make_u, Base::make_du, Base::project_back;
+  using Base::gather, Base::operand, Base::gather_operand, Base::load_x, Base::make_u, Base::make_du;
   using Base::load_bf16, Base::clear_padding, Base::put, Base::show, Base::width;
+  using Base::project_back, Base::project_gate_up_back, Base::left;
   using Base::strip, Base::rows, Base::saved_u, Base::saved_strip, Base::again_strip;
+  using typename Base::Form;
 
   bool recomputes() const { return !call.gate.saved; }
   bool wants_lora() const { return call.rank && call.gate.a_grad.data; }
   // Once more as forward had them, for u = s a A^T.
   bool needs_acts() const { return recomputes() && wants_lora(); }
 
-  // u of some rows: what forward saved, or what this pass computed again.
+  // Whether the left operands of B's gradients are made here, not by forward.
+  bool makes_u() const { return Form::kPairs || recomputes(); }
+
+  // u of some rows: what forward saved, or what this pass made.
   template <class Item>
   const float* u_rows(const Projection& of, const Item& item) const {
-    return recomputes() ? rows(Access::read, of.u_rows, item, call.rank) : saved_u(of, item);
+    return makes_u() ? left(Access::read, of.u_rows, item) : saved_u(of, item);
+  }
+  LowRankRows to_u_rows(const Projection& of, const Block& block, const float* weights) const {
+    if (!call.rank) return {};
+    return {nullptr, left(Access::write, of.u_rows, block), weights};
+  }
+  // Factors of u of down, where its gradient takes them from there.
+  const float* weights_of_u(const Block& block) const {
+    return Form::kPairs ? call.row_weight + block.row : nullptr;
   }
   // Gate or up of a strip, likewise.
   const bf16* value(const Projection& of, const Segment& segment, int64_t index) const {
@@ -45,12 +58,23 @@ struct Backward : Forward<S, Gemm> {
     gather(Tensor::dout, call.out_grad, block, call.out_panel);
     if constexpr (S.bias) add_bias_dots(block);
     make_du(down, call.out_panel, block, call.row_weight + block.row);
-    if (recomputes())
-      load_x(block, rows(Access::write, call.gate.u_rows, block, call.rank),
-             rows(Access::write, call.up.u_rows, block, call.rank));
-    else if constexpr (kTraced) {
-      if (wants_lora()) observe_saved<S>(call, block, thread.rows);
+    if (recomputes()) {
+      load_x(block, to_u_rows(call.gate, block, nullptr), to_u_rows(call.up, block, nullptr));
+    } else if (wants_lora()) {
+      if constexpr (kTraced) observe_saved<S>(call, block, thread.rows);
+      if constexpr (Form::kPairs) load_saved_u(block);
     }
+  }
+
+  void load_saved_u(const Block& block) const {
+    const Lap<S> lap(thread.clocks, Phase::low_rank);
+    const auto load = [&](const Projection& of, const float* weights) {
+      Form::left_of_saved(saved_u(of, block), block.rows, call.rank, weights,
+                          left(Access::write, of.u_rows, block));
+    };
+    load(call.gate, nullptr);
+    load(call.up, nullptr);
+    load(call.down, weights_of_u(block));
   }
 
   // The part <dout, bias of down> of dw, from the rows that were just gathered.
@@ -80,13 +104,13 @@ struct Backward : Forward<S, Gemm> {
     show(Tensor::dact, segment, index, S.intermediate, das);
     through_activation(segment, index, das, acts, gates, ups);
     if (!wants_lora()) return;
-    const float* du = rows(Access::read, call.down.du_rows, segment, call.rank);
+    const float* du = left(Access::read, call.down.du_rows, segment);
     const float* gate_u = u_rows(call.gate, segment);
     const float* up_u = u_rows(call.up, segment);
     const Lap<S> lap(thread.clocks, Phase::lora_grads);
-    add_a_grad(down, du, segment, index, acts);
-    add_b_grad(gate, gate_u, segment, index, gates);
-    add_b_grad(up, up_u, segment, index, ups);
+    add_a_grad(down, du, segment, index, operand(acts, segment, das));  // nobody reads da any more
+    add_b_grad(gate, gate_u, segment, index, operand(gates, segment, das));
+    add_b_grad(up, up_u, segment, index, operand(ups, segment, das));
   }
 
   // From da: a, dgate and dup, of which the latter also go into their panels, and a part of dw.
@@ -135,8 +159,7 @@ struct Backward : Forward<S, Gemm> {
     add_dot_parts(block);
     make_du(gate, call.gate.grad_panel, block, nullptr);
     make_du(up, call.up.grad_panel, block, nullptr);
-    if (needs_acts())
-      make_u(down, call.act_panel, block, rows(Access::write, call.down.u_rows, block, call.rank));
+    if (needs_acts()) make_u(down, call.act_panel, block, to_u_rows(call.down, block, weights_of_u(block)));
   }
 
   void add_dot_parts(const Block& block) const {
@@ -153,9 +176,7 @@ struct Backward : Forward<S, Gemm> {
   void x_grad(const Segment& segment, const Following& following, int64_t index) const {
     if (call.sums) {
       float* dx = strip(0, segment);
-      project_back(gate, call.gate.grad_panel, segment, index, up.column(segment.expert, index), false, dx);
-      project_back(up, call.up.grad_panel, segment, index, gate.column(following.expert, following.strip),
-                   true, dx);
+      project_gate_up_back(segment, following, index, dx);
       Gemm::to_natural_order(dx, segment.rows);
       show(Tensor::dx, segment, index, S.hidden, dx);
       add_to_tokens(segment, index, dx, false);
@@ -165,17 +186,16 @@ struct Backward : Forward<S, Gemm> {
 
   // Gradients of the three parameters that have H as an axis.
   void add_hidden_grads(const Segment& segment, int64_t index) const {
-    const int64_t column = index * kStrip, columns = width(S.hidden, index);
-    const float* gate_du = rows(Access::read, call.gate.du_rows, segment, call.rank);
-    const float* up_du = rows(Access::read, call.up.du_rows, segment, call.rank);
+    const float* gate_du = left(Access::read, call.gate.du_rows, segment);
+    const float* up_du = left(Access::read, call.up.du_rows, segment);
     const float* down_u = u_rows(call.down, segment);
-    float* values = strip(1, segment);
+    float* room = strip(1, segment);
     const Lap<S> lap(thread.clocks, Phase::lora_grads);
-    gather_strip(call.x, nullptr, segment, column, columns, values);
-    add_a_grad(gate, gate_du, segment, index, values);
-    add_a_grad(up, up_du, segment, index, values);
-    gather_strip(call.out_grad, call.row_weight + segment.row, segment, column, columns, values);
-    add_b_grad(down, down_u, segment, index, values);
+    const float* x = gather_operand(call.x, nullptr, segment, index, room);
+    add_a_grad(gate, gate_du, segment, index, x);
+    add_a_grad(up, up_du, segment, index, x);
+    const float* dout = gather_operand(call.out_grad, call.row_weight + segment.row, segment, index, room);
+    add_b_grad(down, down_u, segment, index, dout);
   }
 };
 

@@ -54,10 +54,10 @@ struct Projection {
   Matrices<float> b_grad;
   bf16* saved;  // gate and up: [strips of I, S, 32] before the activation; forward writes it where not null
   float* saved_u;  // [S, r]; null where gate.saved is
-  // Scratch; plan/scratch.py has sizes and lifetimes.
+  // Scratch; plan/scratch.py has sizes and lifetimes. On tiles `low` and the rows have the form of gemm/lora_tiles.hpp.
   float* low;        // [blocks, r, m_step]: u in forward, du in backward, right operands of the LoRA K-step
   float* du_rows;    // [rows, r] du for the gradient of A; of down times the routing weight
-  float* u_rows;     // [rows, r] u for the gradient of B, where forward saved none
+  float* u_rows;     // [rows, r] u for the gradient of B, where forward saved none in this form
   void* grad_panel;  // gate and up: [rows, I] of the gradient before the activation
   bf16* again;       // gate and up: as `saved` for the rows of a group, where they are computed again
 };

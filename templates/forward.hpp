@@ -20,15 +20,17 @@ struct Forward : Pass<S, Gemm> {
   using Base::gather, Base::make_u, Base::copy_u, Base::shares_a, Base::project, Base::add_to_tokens;
   using Base::strip, Base::saved_u, Base::saved_strip, Base::store_bf16, Base::put, Base::show;
 
-  void load(const Block& block) const { load_x(block, saved_u(call.gate, block), saved_u(call.up, block)); }
+  void load(const Block& block) const {
+    load_x(block, {saved_u(call.gate, block), nullptr, nullptr}, {saved_u(call.up, block), nullptr, nullptr});
+  }
 
-  void load_x(const Block& block, float* gate_u_rows, float* up_u_rows) const {
+  void load_x(const Block& block, const LowRankRows& gate_u, const LowRankRows& up_u) const {
     gather(Tensor::x, call.x, block, call.x_panel);
-    make_u(gate, call.x_panel, block, gate_u_rows);
+    make_u(gate, call.x_panel, block, gate_u);
     if (shares_a())
-      copy_u(gate, gate_u_rows, up, up_u_rows, block);
+      copy_u(gate, gate_u, up, up_u, block);
     else
-      make_u(up, call.x_panel, block, up_u_rows);
+      make_u(up, call.x_panel, block, up_u);
   }
 
   void gate_up(const Segment& segment, int64_t index) const {
@@ -56,7 +58,9 @@ struct Forward : Pass<S, Gemm> {
     put(gates, segment, index, call.act_panel);
   }
 
-  void down_low(const Block& block) const { make_u(down, call.act_panel, block, saved_u(call.down, block)); }
+  void down_low(const Block& block) const {
+    make_u(down, call.act_panel, block, {saved_u(call.down, block), nullptr, nullptr});
+  }
 
   void add_down(const Segment& segment, const Following& following, int64_t index) const {
     float* result = strip(0, segment);

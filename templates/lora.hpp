@@ -4,7 +4,8 @@
 //
 // The parameters are read where their owner keeps them in every call and never packed, so an optimizer step can't be
 // missed; gradients are written where their owner wants them. Both may have any strides. Gradients are outer products
-// of low-rank rows with the strips already at hand.
+// of low-rank rows with the strips already at hand. `LoraVectors` is the form for float32 vectors; gemm/lora_tiles.hpp has
+// that for tiles.
 #pragma once
 #include <cstring>
 
@@ -29,21 +30,6 @@ struct LoraMatrix {
   View along_columns() const { return {data, column, row}; }  // contraction over the columns: A [r, in]
   float at(int64_t i, int64_t j) const { return load_lora(data + i * row + j * column); }
 };
-
-// low = scale * block . lora, kept as [rank, m_step] for the K-step that follows and, where `as_rows` is
-// given, as rows [count, rank] (times row_weight) for the gradients.
-template <Shape S, class Gemm>
-void low_rank_block(const typename Gemm::Operand* block, int64_t count, int64_t k,
-                    typename LoraMatrix<S>::View lora, int64_t rank, float scale, float* low, float* as_rows,
-                    const float* row_weight) {
-  Gemm::low_rank(block, count, k, lora, rank, low);
-  for (int64_t r = 0; r < rank; ++r)
-    for (int64_t row = 0; row < count; ++row) {
-      const float value = low[r * S.m_step + row] * scale;
-      low[r * S.m_step + row] = value;
-      if (as_rows) as_rows[row * rank + r] = row_weight ? value * row_weight[row] : value;
-    }
-}
 
 // Rows `first`... of a B matrix [out, r] as a strip [r, 32], zeros beyond `count`.
 template <Shape S, class Gemm>
@@ -101,29 +87,78 @@ inline void store_grad(const float* strip, int64_t rank, int64_t lanes, const Gr
       to.at[r * to.rank_stride + c * to.lane_stride] = strip[r * kStrip + c];
 }
 
-// The gradient of A or B: += low_rows^T . strip, for low_rows [rows, rank] and strip [rows, 32].
-//
-// The sums of a strip lie in `scratch` [rank, 32]. Where the lanes of the gradient are contiguous (A as torch makes it)
-// they are copied, where its ranks are (B as torch makes it) they are transposed in registers.
+// The sums of a strip of a gradient lie in `sums` [rank, 32]. Where the lanes of the gradient are contiguous (A as torch
+// makes it) they are copied, where its ranks are (B as torch makes it) they are transposed in registers.
+inline bool transposed(const GradStrip& grad) { return grad.rank_stride == 1 && grad.lane_stride != 1; }
+
+// What the sums begin with: zeros, or what lies in the gradient.
 template <class Gemm>
-void add_grad(const float* low_rows, int64_t rows, int64_t rank, const float* strip, const GradStrip& to,
-              float* scratch) {
-  const bool transposed = to.rank_stride == 1 && to.lane_stride != 1;
-  if (to.first || !transposed) std::memset(scratch, 0, rank * kStrip * sizeof(float));
-  if (!to.first) {
-    if (transposed)
-      Gemm::transpose_padded(to.at, to.lane_stride, to.lanes, rank, scratch, kStrip);
-    else
-      load_grad(to, rank, scratch);
-  }
-  Gemm::outer(low_rows, rank, rank, strip, rows, scratch);
-  if (transposed)
-    Gemm::transpose(scratch, kStrip, rank, to.lanes, to.at, to.lane_stride);
-  else if (to.lane_stride == 1 && to.lanes == kStrip)
-    store_grad(scratch, rank, kStrip,
-               {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
+void begin_grad(const GradStrip& from, int64_t rank, float* sums) {
+  if (from.first || !transposed(from)) std::memset(sums, 0, rank * kStrip * sizeof(float));
+  if (from.first) return;
+  if (transposed(from))
+    Gemm::transpose_padded(from.at, from.lane_stride, from.lanes, rank, sums, kStrip);
   else
-    store_grad(scratch, rank, to.lanes, to);
+    load_grad(from, rank, sums);
 }
+
+template <class Gemm>
+void end_grad(const float* sums, int64_t rank, const GradStrip& to) {
+  if (transposed(to))
+    Gemm::transpose(sums, kStrip, rank, to.lanes, to.at, to.lane_stride);
+  else if (to.lane_stride == 1 && to.lanes == kStrip)
+    store_grad(sums, rank, kStrip, {to.at, to.rank_stride, 1, kStrip, to.first});  // constants become vectors
+  else
+    store_grad(sums, rank, to.lanes, to);
+}
+
+// Where u or du of a row block goes beside `low`; null where it is not wanted.
+struct LowRankRows {
+  float* saved;          // [rows, rank]
+  float* left;           // left operand of a gradient, in the form of the back end
+  const float* weights;  // of the rows, factors of `left`
+};
+
+// LoRA as products of float32 vectors. Scratch:
+//
+//   low     [blocks, rank, m_step]     left operand of the K-step
+//   left    [rows, rank]               left operand of gradients
+//   lora    [rank, 32]                 right operand of the K-step; sums of a gradient
+template <Shape S, class Gemm>
+struct LoraVectors {
+  using View = typename LoraMatrix<S>::View;
+  // Whether gradients multiply pairs of rows of bfloat16. The gradient of the result is such rows, and without the
+  // routing weights: these are then factors of u. What forward saved of u is put into the form of `left`.
+  static constexpr bool kPairs = false;
+
+  static int64_t low_floats(int64_t rank) { return rank * S.m_step; }
+  static int64_t left_floats(int64_t rows, int64_t, int64_t rank) { return rows * rank; }
+
+  // low = scale * block . lora
+  static void low_rank(const typename Gemm::Operand* block, int64_t count, int64_t k, View lora, int64_t rank,
+                       float scale, float* low, const LowRankRows& to) {
+    Gemm::low_rank(block, count, k, lora, rank, low);
+    float* const as_rows = to.saved ? to.saved : to.left;
+    const float* const row_weight = to.weights;
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t row = 0; row < count; ++row) {
+        const float value = low[r * S.m_step + row] * scale;
+        low[r * S.m_step + row] = value;
+        if (as_rows) as_rows[row * rank + r] = row_weight ? value * row_weight[row] : value;
+      }
+  }
+  static float low_at(const float* low, int64_t, int64_t row, int64_t r) { return low[r * S.m_step + row]; }
+
+  static const float* right(float* strip, int64_t, int64_t) { return strip; }
+  static const float* operand(const float* strip, int64_t, float*) { return strip; }
+
+  // += left^T . strip, for a strip [rows, 32] of a segment
+  static void add_grad(const float* left, int64_t rows, int64_t rank, bool, const float* strip,
+                       const GradStrip& to, float* scratch) {
+    begin_grad<Gemm>(to, rank, scratch);
+    Gemm::outer(left, rank, rank, strip, rows, scratch);
+    end_grad<Gemm>(scratch, rank, to);
+  }
+};
 
 }  // namespace jitmoe

@@ -23,6 +23,7 @@ template <Shape S, class Gemm>
 struct Pass {
   using Operand = typename Gemm::Operand;
   using Lora = LoraMatrix<S>;
+  using Form = typename LoraFormOf<S, Gemm>::type;
   static constexpr bool kTraced = S.watch == Watch::values;
   static constexpr int64_t kActStrips = ceil_div(S.intermediate, kStrip);
 
@@ -52,7 +53,7 @@ struct Pass {
   template <class Item>
   float* low(Access access, const Projection& of, const Item& item) const {
     const BlockRange blocks = blocks_of(item);
-    const int64_t elements = call.rank * S.m_step;
+    const int64_t elements = Form::low_floats(call.rank);
     return touch<S>(call, access, of.low, of.low + blocks.first * elements,
                     blocks.count * elements * sizeof(float));
   }
@@ -61,6 +62,14 @@ struct Pass {
   float* rows(Access access, float* const& buffer, const Item& item, int64_t columns) const {
     return touch<S>(call, access, buffer, buffer + (item.row - group.first_row) * columns,
                     item.rows * columns * sizeof(float));
+  }
+  // The left operand of gradients for the rows of an item, u or du.
+  template <class Item>
+  float* left(Access access, float* const& buffer, const Item& item) const {
+    const BlockRange blocks = blocks_of(item);
+    return touch<S>(call, access, buffer,
+                    buffer + Form::left_floats(item.row - group.first_row, blocks.first, call.rank),
+                    Form::left_floats(item.rows, blocks.count, call.rank) * sizeof(float));
   }
   // What forward saved of u for the rows of an item; null where it saves nothing.
   template <class Item>
@@ -76,9 +85,9 @@ struct Pass {
     bf16* at = of.again + (strip * group.rows + segment.row - group.first_row) * kStrip;
     return touch<S>(call, access, of.again, at, segment.rows * kStrip * sizeof(bf16));
   }
-  // A strip [rows, 32] of this thread, to be written.
+  // A strip [rows, 32] of this thread, to be written. On tiles it may hold whole blocks of pairs.
   float* strip(int64_t index, const Segment& segment) const {
-    const int64_t count = segment.rows * kStrip;
+    const int64_t count = (Form::kPairs ? round_up(segment.rows, kTile) : segment.rows) * kStrip;
     return touch<S>(call, Access::write, call.thread_strips.data, thread.strips + index * count,
                     count * sizeof(float));
   }
@@ -134,8 +143,8 @@ struct Pass {
   // Low-rank products: u = s v A^T with v [rows, in], du = s dv B with dv [rows, out].
 
   template <class P>
-  void make_u(const P& of, void* const& v_panel, const Block& block, float* as_rows) const {
-    low_rank(P::kU, of.at, v_panel, block, P::kIn, lora(of.at.a, block).along_columns(), as_rows, nullptr);
+  void make_u(const P& of, void* const& v_panel, const Block& block, const LowRankRows& to) const {
+    low_rank(P::kU, of.at, v_panel, block, P::kIn, lora(of.at.a, block).along_columns(), to);
   }
   // Where gate and up have one A, their u is one product too.
   bool shares_a() const {
@@ -144,29 +153,35 @@ struct Pass {
            one.column == other.column;
   }
   template <class P, class Q>
-  void copy_u(const P& from, const float* from_rows, const Q& to, float* to_rows, const Block& block) const {
+  void copy_u(const P& from, const LowRankRows& from_rows, const Q& to, const LowRankRows& to_rows,
+              const Block& block) const {
     if (!call.rank) return;
     const float* product = low(Access::read, from.at, block);
     float* copy = low(Access::write, to.at, block);
-    std::memcpy(copy, product, call.rank * S.m_step * sizeof(float));
-    if (to_rows) std::memcpy(to_rows, from_rows, block.rows * call.rank * sizeof(float));
-    if constexpr (kTraced) observe_low<S>(call, Q::kU, block, copy);
+    std::memcpy(copy, product, Form::low_floats(call.rank) * sizeof(float));
+    if (to_rows.saved) std::memcpy(to_rows.saved, from_rows.saved, block.rows * call.rank * sizeof(float));
+    if (to_rows.left)
+      std::memcpy(to_rows.left, from_rows.left, Form::left_floats(block.rows, 1, call.rank) * sizeof(float));
+    if constexpr (kTraced) observe_low(Q::kU, block, copy);
   }
   template <class P>
   void make_du(const P& of, void* const& dv_panel, const Block& block, const float* row_weight) const {
     if (!call.rank) return;
     low_rank(P::kDu, of.at, dv_panel, block, P::kOut, lora(of.at.b, block).along_rows(),
-             rows(Access::write, of.at.du_rows, block, call.rank), row_weight);
+             {nullptr, left(Access::write, of.at.du_rows, block), row_weight});
   }
   void low_rank(Tensor what, const Projection& of, void* const& v_panel, const Block& block, int64_t k,
-                typename Lora::View matrix, float* as_rows, const float* row_weight) const {
+                typename Lora::View matrix, const LowRankRows& to) const {
     if (!call.rank) return;
     float* product = low(Access::write, of, block);
     const Operand* v = panel(Access::read, v_panel, block, k);
     const Lap<S> lap(thread.clocks, Phase::low_rank);
-    low_rank_block<S, Gemm>(v, block.rows, k, matrix, call.rank, static_cast<float>(call.scale), product,
-                            as_rows, row_weight);
-    if constexpr (kTraced) observe_low<S>(call, what, block, product);
+    Form::low_rank(v, block.rows, k, matrix, call.rank, static_cast<float>(call.scale), product, to);
+    if constexpr (kTraced) observe_low(what, block, product);
+  }
+  void observe_low(Tensor what, const Block& block, const float* product) const {
+    jitmoe::observe_low<S>(call, what, block,
+                           [&](int64_t row, int64_t r) { return Form::low_at(product, call.rank, row, r); });
   }
   static Lora lora(const Matrices<const void>& of, const Block& block) { return {of, block.segment->expert}; }
 
@@ -179,7 +194,7 @@ struct Pass {
     const Weights<S> weights = of.strip_weights(segment.expert, strip, next);
     alignas(64) float room[kStrip];
     const SumStart start =
-        with_lora(start_of(of, segment.expert, strip, room), of.at, segment, [&](float* b) {
+        with_lora(start_of(of, segment.expert, strip, room), of.at, segment, 0, [&](float* b) {
           load_rows<S, Gemm>({of.at.b, segment.expert}, call.rank, strip * kStrip, width(P::kOut, strip), b);
         });
     const Operand* v = panel(Access::read, v_panel, segment, P::kIn);
@@ -196,15 +211,39 @@ struct Pass {
   template <class P>
   void project_back(const P& of, void* const& dv_panel, const Segment& segment, int64_t strip,
                     const typename P::Item* next, bool add, float* result) const {
-    const Weights<S> weights = of.column_weights(segment.expert, strip, next);
     const SumStart from = add ? SumStart::strip(result) : SumStart::zeros();
-    const SumStart start = with_lora(from, of.at, segment, [&](float* a) {
-      load_columns<S, Gemm>({of.at.a, segment.expert}, call.rank, strip * kStrip, width(P::kIn, strip), a);
-    });
-    const Operand* dv = panel(Access::read, dv_panel, segment, P::kOut);
+    const Contraction<S, Gemm> one = contraction(of, dv_panel, segment, strip, next, 0, from);
     float* scratch = expanded();
     const Lap<S> lap(thread.clocks, P::kBackward);
-    Gemm::backward(dv, segment.rows, P::kOut, weights, start, result, scratch);
+    Gemm::backward(one.panel, segment.rows, P::kOut, one.weights, one.start, result, scratch);
+  }
+  // The same of gate and up, which add: one contraction where the back end has it.
+  void project_gate_up_back(const Segment& segment, const Following& following, int64_t strip,
+                            float* result) const {
+    const auto *gates = gate.column(following.expert, following.strip),
+               *ups = up.column(following.expert, following.strip);
+    if constexpr (AddsContractions<Gemm, S>) {
+      const SumStart zeros = SumStart::zeros();
+      const Contraction<S, Gemm> both[] = {
+          contraction(gate, call.gate.grad_panel, segment, strip, gates, 0, zeros),
+          contraction(up, call.up.grad_panel, segment, strip, ups, 1, zeros)};
+      float* scratch = expanded();
+      const Lap<S> lap(thread.clocks, Phase::x_grad);
+      Gemm::backward(both, segment.rows, S.intermediate, result, scratch);
+    } else {
+      project_back(gate, call.gate.grad_panel, segment, strip, up.column(segment.expert, strip), false,
+                   result);
+      project_back(up, call.up.grad_panel, segment, strip, gates, true, result);
+    }
+  }
+  template <class P>
+  Contraction<S, Gemm> contraction(const P& of, void* const& dv_panel, const Segment& segment, int64_t strip,
+                                   const typename P::Item* next, int64_t index, const SumStart& from) const {
+    const Weights<S> weights = of.column_weights(segment.expert, strip, next);
+    const SumStart start = with_lora(from, of.at, segment, index, [&](float* a) {
+      load_columns<S, Gemm>({of.at.a, segment.expert}, call.rank, strip * kStrip, width(P::kIn, strip), a);
+    });
+    return {panel(Access::read, dv_panel, segment, P::kOut), weights, start};
   }
 
   // Zeros, or the bias of a strip of outputs; where the strip is the last one, in `room` and padded.
@@ -218,14 +257,16 @@ struct Pass {
     return SumStart::bias(room);
   }
 
-  // `start` and the LoRA K-step: low-rank rows times what `load` puts into a strip of this thread.
+  // `start` and the LoRA K-step, the `index`-th of a contraction: low-rank rows times what `load` puts into a strip of
+  // this thread.
   template <class Load>
-  SumStart with_lora(const SumStart& start, const Projection& of, const Segment& segment, Load&& load) const {
+  SumStart with_lora(const SumStart& start, const Projection& of, const Segment& segment, int64_t index,
+                     Load&& load) const {
     float* matrix = lora_strip();
     const float* left = low(Access::read, of, segment);
     const Lap<S> lap(thread.clocks, Phase::low_rank);
     load(matrix);
-    return start.with_lora(left, matrix, call.rank);
+    return start.with_lora(left, Form::right(matrix, call.rank, index), call.rank);
   }
 
   // Strips: columns of a matrix inside its last strip, and ways in and out.
@@ -259,21 +300,37 @@ struct Pass {
     if constexpr (kTraced) observe_strip(call, what, segment, strip, columns, values);
   }
 
-  // Gradients of LoRA: += low-rank rows^T . strip.
+  // Gradients of LoRA: += low-rank rows^T . strip. `values` are of `operand` or `gather_operand`.
 
+  const float* operand(const float* strip, const Segment& segment, float* room) const {
+    return Form::operand(strip, segment.rows, room);
+  }
+  const float* gather_operand(const bf16* tokens, const float* weights, const Segment& segment, int64_t index,
+                              float* room) const {
+    const int64_t column = index * kStrip, columns = width(S.hidden, index);
+    if constexpr (Form::kPairs) {
+      bf16* rows = gathered(segment.rows * kStrip);
+      call.gather_rows(tokens, S.hidden, call.row_token + segment.row, segment.rows, column, columns, rows,
+                       kStrip);
+      return Form::operand(rows, segment.rows, room);
+    } else {
+      gather_strip(tokens, weights, segment, column, columns, room);
+      return room;
+    }
+  }
   template <class P>
-  void add_a_grad(const P& of, const float* du_rows, const Segment& segment, int64_t strip,
+  void add_a_grad(const P& of, const float* du, const Segment& segment, int64_t strip,
                   const float* values) const {
-    add_grad<Gemm>(
-        du_rows, segment.rows, call.rank, values,
+    Form::add_grad(
+        du, segment.rows, call.rank, true, values,
         a_strip(of.at.a_grad, segment.expert, strip * kStrip, width(P::kIn, strip), first(segment)),
         lora_strip());
   }
   template <class P>
-  void add_b_grad(const P& of, const float* u_rows, const Segment& segment, int64_t strip,
+  void add_b_grad(const P& of, const float* u, const Segment& segment, int64_t strip,
                   const float* values) const {
-    add_grad<Gemm>(
-        u_rows, segment.rows, call.rank, values,
+    Form::add_grad(
+        u, segment.rows, call.rank, false, values,
         b_strip(of.at.b_grad, segment.expert, strip * kStrip, width(P::kOut, strip), first(segment)),
         lora_strip());
   }

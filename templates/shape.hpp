@@ -4,7 +4,10 @@
 
 namespace jitmoe {
 
-enum class Isa { ref, avx2, avx512, avx512_bf16, amx };
+enum class Isa { ref, avx2, amx_avx2, avx512, avx512_bf16, amx };
+
+// amx_avx2 is AMX beside the vectors of AVX2, for the emulator on CPUs without AVX-512.
+constexpr bool has_tiles(Isa isa) { return isa == Isa::amx || isa == Isa::amx_avx2; }
 
 // a = activation(gate, up): see activation.hpp.
 enum class Activation { silu, silu_clamped, gpt_oss };
@@ -43,7 +46,7 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of a register block, two vectors each: beside the sums, its registers hold two vectors of weights and, on AVX2
 // and AVX-512, one value of a row. AMX takes whole tiles.
-constexpr int64_t most_rows(Isa isa) { return isa == Isa::amx ? 2 * kTile : isa == Isa::avx2 ? 6 : 14; }
+constexpr int64_t most_rows(Isa isa) { return has_tiles(isa) ? 2 * kTile : isa == Isa::avx2 ? 6 : 14; }
 
 // Says in a sentence what is wrong with a shape; whether nothing is.
 template <Shape S>
@@ -51,7 +54,7 @@ constexpr bool check_shape() {
   constexpr bool sizes = S.hidden > 0 && S.intermediate > 0;
   constexpr bool rank = S.padded_rank >= 0 && S.padded_rank % kKStep == 0;
   constexpr bool rows =
-      S.m_step >= 1 && S.m_step <= most_rows(S.isa) && (S.isa != Isa::amx || S.m_step % kTile == 0);
+      S.m_step >= 1 && S.m_step <= most_rows(S.isa) && (!has_tiles(S.isa) || S.m_step % kTile == 0);
   constexpr bool group = S.format != Format::int4_group || (S.group_size > 0 && S.group_size % kKStep == 0);
   static_assert(group, "group_size of int4_group must be a positive multiple of 32");
   static_assert(sizes, "hidden and intermediate sizes must be positive");

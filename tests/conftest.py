@@ -19,12 +19,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--isa", help="of the tests for one instruction set run those for this one; 'best' of this machine"
     )
     parser.addoption("--examples", type=int, default=500, help="that each slow test of make fuzz draws")
+    parser.addoption("--tiles", help="the set whose tiles are emulated: amx, or amx_avx2 as on CPUs without AVX-512")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Kept between runs, so that only changed kernels are compiled again, and apart from the user's own
     # cache. A test that examines the cache itself takes the `cold_cache` fixture instead.
     os.environ["JITMOE_CACHE_DIR"] = str(config.cache.mkdir("jitmoe") / "kernels")
+    import emulated
+
+    emulated.choose_tiles(config.getoption("--tiles"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,41 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import pytest
+
+from jitmoe.isa import EMULATED_FEATURES, ISAS
+from jitmoe.jit import cpu
+
 TIMEOUT = 280
+
+
+def can_emulate(isa: str) -> bool:
+    """Whether the emulator executes on this CPU what it lacks of ``isa``."""
+    return set(cpu.missing_features(isa, cpu.detect())) <= EMULATED_FEATURES
+
+
+TILE_ISAS = tuple(isa for isa, found in ISAS.items() if found.tiles)
+
+NEEDS_TILES = pytest.mark.skipif(
+    not any(map(can_emulate, TILE_ISAS)), reason="the emulator needs a CPU with AVX2, FMA and F16C"
+)
+
+
+class _Chosen:
+    """The set of ``--tiles``."""
+
+    isa: str | None = None
+
+
+def choose_tiles(isa: str | None) -> None:
+    """Tests of tiles take this set from now on."""
+    assert isa in (None, *TILE_ISAS), f"--tiles is one of {', '.join(TILE_ISAS)}"
+    _Chosen.isa = isa
+
+
+def tiles() -> str:
+    """The set with tiles that tests run: that of ``--tiles``, else the best one that can be emulated here."""
+    return _Chosen.isa or next(filter(can_emulate, TILE_ISAS), TILE_ISAS[0])
 
 
 def _start() -> None:

@@ -23,7 +23,7 @@ from jitmoe.plan.placement import Buffer, ScratchPlan
 from jitmoe.plan.scratch import backward_buffers, canary_bytes, forward_buffers
 from jitmoe.plan.shapes import Shape
 
-EMULATED = ("amx",)
+EMULATED = tuple(isa for isa, found in ISAS.items() if found.tiles)
 """Instruction sets that the tests run in an emulator of their own, not here."""
 
 NATIVE = tuple(isa for isa in ISAS if isa not in EMULATED)

@@ -9,13 +9,13 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from emulated import Emulated
+from emulated import NEEDS_TILES, Emulated, tiles
 from helpers import EVERY_ISA
 
 from jitmoe import formats
 from jitmoe.errors import BuildError
-from jitmoe.isa import EMULATED_FEATURES, ISAS
-from jitmoe.jit import capability, cpu, toolchain
+from jitmoe.isa import ISAS
+from jitmoe.jit import capability, toolchain
 from jitmoe.jit.render import template_dir
 from jitmoe.plan import shapes
 
@@ -95,20 +95,17 @@ def test_sums_start_from_zeros_a_bias_or_a_strip(isa: str, tmp_path: Path) -> No
         check_sums(isa, m_step, tmp_path)
 
 
-@pytest.mark.skipif(
-    bool(set(cpu.missing_features("amx", cpu.detect())) - EMULATED_FEATURES),
-    reason="the emulator needs the AVX-512 registers of the CPU",
-)
+@NEEDS_TILES
 def test_sums_start_on_amx(tmp_path: Path) -> None:
     process = Emulated()
-    for m_step in ISAS["amx"].m_steps:
-        process(check_sums_emulated, m_step, tmp_path)
+    for m_step in ISAS[tiles()].m_steps:
+        process(check_sums_emulated, tiles(), m_step, tmp_path)
     process.close()
 
 
-def check_sums_emulated(m_step: int, folder: Path) -> None:
-    capability.resolve_isa("amx")  # installs the emulator
-    check_sums("amx", m_step, folder)
+def check_sums_emulated(isa: str, m_step: int, folder: Path) -> None:
+    capability.resolve_isa(isa)  # installs the emulator
+    check_sums(isa, m_step, folder)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from jitmoe.bench import (
 from jitmoe.bench.contenders import Contender, our_layer
 from jitmoe.bench.measure import Measurement, Options, Outcome
 from jitmoe.bench.predict import ABSENT, Assumptions, Machine, check_table, predict, prediction_table, product_share
+from jitmoe.bench.tile_work import CYCLES, Sizes, vector_work
 from jitmoe.bench.trace import KERNEL_BACKWARD, KERNEL_FORWARD, Trace, watch
 from jitmoe.cli import main
 from jitmoe.errors import BenchError, ConfigError
@@ -594,6 +595,17 @@ class TestPredict:
             assert text.count(absent.name) == 3 and absent.source in text
         for item in fields(Assumptions):
             assert f"{item.name} = " in text
+        assert "W2, 96 rows, r = 8: 2.7%; 4.6%" in text
+        assert all(f"{name} = {cycles:g}" in text for name, cycles in CYCLES.items())
+
+    def test_lora_on_tiles_is_no_work_of_vectors(self):
+        machine = replace(self.MACHINE, isa="amx")
+        slower = replace(machine, vectors=machine.vectors / 2)
+        for backward in (False, True):
+            one, other = (predict(WORKLOADS["W2"], m, backward).parts for m in (machine, slower))
+            assert one["LoRA"] == other["LoRA"] < predict(WORKLOADS["W2"], self.MACHINE, backward).parts["LoRA"]
+            assert other["operands"] == pytest.approx(2 * one["operands"])
+            assert vector_work(Sizes(96, 2048, 1408, 0), backward).keys() <= {"pair a block of weights"}
 
     def test_beside_a_measurement(self):
         contender = Contender("jitmoe avx2", lambda *_: None, (), torch.bfloat16, 8, False, "avx2")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated import Emulated
-from helpers import EVERY_ISA, case_named, config_of, copied, different, same_bits, usable_isas
+from emulated import NEEDS_TILES, Emulated, tiles
+from helpers import EVERY_ISA, NATIVE, case_named, config_of, copied, different, same_bits, usable_isas
 from quantized import BASES, PACKINGS, decoded, options_of, packing_named, pair_of, quantized_base, random_quantized
 from test_back_end import compile_text
 from test_pack import SIZES
@@ -19,8 +19,8 @@ from jitmoe.errors import ConfigError, InputError, InputTypeError, PackedFileErr
 from jitmoe.experts.pack import decode_experts, empty_packed, pack_experts, unpack_experts
 from jitmoe.experts.quantized import SCALE_DTYPES
 from jitmoe.formats import FORMATS, Packing
-from jitmoe.isa import EMULATED_FEATURES, ISAS
-from jitmoe.jit import capability, cpu, kernels
+from jitmoe.isa import ISAS
+from jitmoe.jit import capability, kernels
 from jitmoe.oracle.formats import dequantize
 from jitmoe.plan.shapes import plan_kernels
 
@@ -211,7 +211,7 @@ def few(name: str, case: Case, isa: str) -> bool:
 def cells() -> Iterator[pytest.param]:
     for name, case in LAYER_CASES:
         for isa in ISAS:
-            if isa != "amx":
+            if isa in NATIVE:
                 marks = [pytest.mark.isa(isa), *([] if few(name, case, isa) else [pytest.mark.slow])]
                 yield pytest.param(name, case, isa, marks=marks, id=f"{name}-{case}-{isa}")
 
@@ -257,19 +257,16 @@ def test_few_and_many_rows(name: str, isa: str) -> None:
             assert different(one, other) == [], (m_step, tokens)
 
 
-def check_amx(name: str, case: Case, m_step: int) -> None:
-    capability.resolve_isa("amx")
-    check_layer(name, case, "amx", m_step)
+def check_tiles(name: str, case: Case, isa: str, m_step: int) -> None:
+    capability.resolve_isa(isa)
+    check_layer(name, case, isa, m_step)
 
 
-@pytest.mark.skipif(
-    bool(set(cpu.missing_features("amx", cpu.detect())) - EMULATED_FEATURES),
-    reason="the emulator needs the AVX-512 registers of the CPU",
-)
+@NEEDS_TILES
 @EVERY_PACKING
 def test_bits_of_the_bfloat16_layer_on_amx(name: str) -> None:
     process = Emulated()
-    process(check_amx, name, case_named("ragged_33"), ISAS["amx"].m_steps[-1])
+    process(check_tiles, name, case_named("ragged_33"), tiles(), ISAS[tiles()].m_steps[-1])
     process.close()
 
 

@@ -5,19 +5,23 @@ A pass is the sum of its parts, each the slower of its arithmetic and its memory
     base products   FLOP / (peak x share(rows of an expert))    or   weights of the active experts / bandwidth
     activation      elements of gate and up, in vectors of float32
     movement        rows gathered, packed, saved and added to the tokens' sums
-    LoRA            low-rank products and gradients, float32 vectors at a share of their peak
+    LoRA            low-rank products and gradients: float32 vectors at a share of their peak, or tiles
+    operands        on tiles: vectors that pack LoRA, pair weights in backward and rows of gradients
     fixed           barriers of the steps of each group, Python and autograd
 
-Every number that is on no data sheet is in :class:`Assumptions`. They come from one thread's loops and the phases of W2
-on Zen 3 and Zen 5, and from the emulator's counts. ``jitmoe bench --predict`` prints them, and compares the prediction
-with a measurement of this machine.
+Every number that is on no data sheet is in :class:`Assumptions`, from one thread's loops and the phases of W2 on Zen 3
+and Zen 5, or in bench/tile_work.py: tile products are counted, and the vector work beside them is measured.
+``jitmoe bench --predict`` prints them, says which is which, and compares the prediction with a measurement of this
+machine.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from jitmoe.bench import tile_work
 from jitmoe.bench.measure import Outcome
+from jitmoe.bench.tile_work import TILE, Sizes
 from jitmoe.isa import ISAS
 from jitmoe.oracle.workloads import Workload
 from jitmoe.plan.groups import GROUP_BYTES
@@ -25,8 +29,11 @@ from jitmoe.plan.scratch import row_bytes
 from jitmoe.plan.shapes import ceil_div, plan_kernels
 from jitmoe.text import table
 
-TILE = 16
-"""Rows of a whole AMX tile."""
+PRODUCT_FLOP = 2 * TILE * TILE * 32
+"""FLOP of one tile product."""
+
+VECTOR_FLOP = 64
+"""FLOP of one cycle of a core in float32 vectors, on CPUs with AMX: what turns their peak into cycles."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Assumptions:
         forward_share: share of the products' peak in forward with many rows, by instruction set.
         backward_share: the same in backward, which transposes or pairs weights on the way.
         fill_rows: rows of an expert that reach half of that share, because to expand the weights takes as long for few
-            rows; 0 on AMX, whose tiles are counted one by one.
+            rows; 0 on AMX, whose tiles are counted one by one, as are those of LoRA and the vectors beside them.
         tile_share: share of the TMUL peak on full tiles, as loads, stores and vector code use the same ports.
         activation_slots: FMA issue slots of one vector of gate and up through silu, rounding and packing.
         backward_activation: factor of these slots in backward, which packs three results.
@@ -103,10 +110,10 @@ class Assumptions:
     """
 
     forward_share: Mapping[str, float] = field(
-        default_factory=lambda: {"amx": 0.99, "avx512_bf16": 0.97, "avx512": 0.95, "avx2": 0.89}
+        default_factory=lambda: {"amx": 1.0, "avx512_bf16": 0.97, "avx512": 0.95, "avx2": 0.89}
     )
     backward_share: Mapping[str, float] = field(
-        default_factory=lambda: {"amx": 0.98, "avx512_bf16": 0.91, "avx512": 0.92, "avx2": 0.86}
+        default_factory=lambda: {"amx": 1.0, "avx512_bf16": 0.91, "avx512": 0.92, "avx2": 0.86}
     )
     fill_rows: Mapping[str, float] = field(
         default_factory=lambda: {"amx": 0.0, "avx512_bf16": 2.0, "avx512": 7.0, "avx2": 9.0}
@@ -156,6 +163,9 @@ def predict(
         "LoRA": _lora(workload, machine, backward, assumed),
         "fixed": _fixed(workload, machine, backward, assumed),
     }
+    if ISAS[machine.isa].tiles:
+        cycles = active * tile_work.vector_cycles(expert_of(workload), backward)
+        parts["operands"] = cycles * VECTOR_FLOP / machine.vectors
     return Prediction(parts, "arithmetic" if arithmetic > traffic else "memory")
 
 
@@ -165,7 +175,7 @@ def product_share(isa: str, rows: float, backward: bool, assumed: Assumptions = 
     On AMX tiles are counted, as by the emulator: a product of tiles takes as long with one row as with sixteen.
     """
     shares = assumed.backward_share if backward else assumed.forward_share
-    if isa == "amx":
+    if ISAS[isa].tiles:
         whole = math.ceil(rows)
         return shares[isa] * assumed.tile_share * whole / (TILE * ceil_div(whole, TILE))
     return shares[isa] * rows / (rows + assumed.fill_rows[isa])
@@ -185,7 +195,16 @@ def _movement(workload: Workload, machine: Machine, backward: bool, assumed: Ass
     return workload.slots * (rows + between) / (machine.threads * assumed.cache_bandwidth)
 
 
+def expert_of(workload: Workload) -> Sizes:
+    """An active expert with the mean number of rows."""
+    rows = math.ceil(workload.slots / workload.expected_active())
+    return Sizes(rows, workload.hidden, workload.intermediate, workload.rank)
+
+
 def _lora(workload: Workload, machine: Machine, backward: bool, assumed: Assumptions) -> float:
+    if ISAS[machine.isa].tiles:
+        products = workload.expected_active() * tile_work.lora_products(expert_of(workload), backward)
+        return products * PRODUCT_FLOP / (machine.products * assumed.tile_share)
     flop = (12.0 if backward else 6.0) * workload.rank * (workload.hidden + workload.intermediate) * workload.slots
     return flop / (machine.vectors * (assumed.lora_backward_share if backward else assumed.lora_share))
 
@@ -238,7 +257,21 @@ def prediction_table(workloads: list[Workload], machines: tuple[Machine, ...] = 
             )
     sources = [f"{machine.name}: {machine.source}" for machine in machines]
     assumed = [f"{item.name} = {_plain(getattr(ASSUMED, item.name))}" for item in fields(ASSUMED)]
-    return "\n".join([table(rows), "", *sources, "", "assumed:", *assumed])
+    return "\n".join([table(rows), "", *sources, "", "assumed:", *assumed, "", *_tile_lines(workloads)])
+
+
+def _tile_lines(workloads: list[Workload]) -> list[str]:
+    """What of the figures of AMX is counted, and what is measured."""
+    lines = ["counted on AMX, an expert with the mean of rows: share of LoRA in the tile products, forward; backward"]
+    for workload in workloads:
+        sizes = expert_of(workload)
+        shares = []
+        for backward in (False, True):
+            lora = tile_work.lora_products(sizes, backward)
+            shares.append(f"{lora / (lora + tile_work.base_products(sizes)):.1%}")
+        lines.append(f"{workload.name}, {sizes.rows} rows, r = {sizes.rank}: {'; '.join(shares)}")
+    lines.append("measured, cycles of vectors beside the tiles on one thread of Zen 4:")
+    return [*lines, *(f"{name} = {cycles:g}" for name, cycles in tile_work.CYCLES.items())]
 
 
 def _plain(value: object) -> str:

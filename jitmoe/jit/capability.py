@@ -58,7 +58,7 @@ def describe(isa: str) -> str:
 
 def _failed_check(isa: str) -> str | None:
     """What failed of the checks beyond CPUID, or None. A check keeps its result, so asking again is cheap."""
-    return programs.check_tiles() if isa == "amx" else None
+    return programs.check_tiles(isa) if ISAS[isa].tiles else None
 
 
 def resolve_isa(requested: str) -> str:

@@ -89,14 +89,14 @@ def install_emulator(wanted: str) -> str | None:
 
 
 @cache
-def check_tiles() -> str | None:
-    """Check that tiles can be used: palettes, Linux's permission for this process, a product in a child process.
+def check_tiles(isa: str) -> str | None:
+    """Check that ``isa`` can use tiles: palettes, Linux's permission for this process, a product in a child process.
 
     Returns:
         What failed, or None.
     """
     try:
-        probe = library.load(ensure(read_program("probe", "amx")))
+        probe = library.load(ensure(read_program("probe", isa)))
     except (BuildError, CacheSecurityError, KernelError) as error:
         return f"the test of its tiles cannot be compiled: {error}"
     if probe.jitmoe_tile_palettes() < 1:

@@ -16,6 +16,9 @@ FORWARD_STEPS = ("load", "gate_up", "down_low", "down")
 BACKWARD_STEPS = ("load", "gate_up", "act_grad", "low_grads", "x_grad")
 """Steps of a pass in the order of ``ForwardStep`` (forward.hpp) and ``BackwardStep`` (backward.hpp)."""
 
+TILE_ROWS = 16
+"""Rows of a whole tile; kTile in shape.hpp."""
+
 CHUNK = 256
 """Columns of the contraction whose weights are expanded or paired at a time; mirrors kChunk in gemm/tuning.hpp."""
 
@@ -78,14 +81,15 @@ def backward_buffers(shape: Shape, size: Extents, x_grad: bool, recompute: bool)
             "gate.du_rows": (low_grads, last),
             "up.du_rows": (low_grads, last),
         }
-        if recompute:
+        if recompute or ISAS[shape.isa].tiles:  # on tiles u has another form than what forward saves
             lives |= {
                 "gate.u_rows": (load, act_grad),
                 "up.u_rows": (load, act_grad),
-                "down.u_rows": (low_grads, last),
+                "down.u_rows": (low_grads if recompute else load, last),
             }
+        if recompute:
             buffers.append(_panel("act_panel", shape, size, shape.intermediate, gate_up, low_grads))
-        buffers += [Buffer(name, (size.rows, size.rank), "float32", *life) for name, life in lives.items()]
+        buffers += [Buffer(name, _left(shape, size), "float32", *life) for name, life in lives.items()]
     if recompute:
         buffers.append(_panel("x_panel", shape, size, shape.hidden, load, gate_up))
         group = saved_shape(shape.intermediate, size.rows)
@@ -143,6 +147,8 @@ def _low_rank(shape: Shape, size: Extents, lives: dict[str, tuple[int, int]]) ->
     if not size.rank:
         return []
     extent = (size.blocks, size.rank, shape.m_step)
+    if ISAS[shape.isa].tiles:
+        extent = (size.blocks, _lora_steps(shape, size.rank), shape.m_step * K_STEP // 2)
     return [Buffer(name, extent, "float32", *life) for name, life in lives.items()]
 
 
@@ -151,20 +157,46 @@ def _thread_buffers(
 ) -> list[Buffer]:
     """Buffers with a part for each thread, alive in steps that multiply strips (``products``) or gather rows."""
     rows = max(size.segment_rows, 1)
+    if ISAS[shape.isa].tiles:
+        rows = round_up(rows, TILE_ROWS)  # whole blocks of pairs of rows
     buffers = [
         Buffer("thread_weights", (size.threads, _weights_items(shape)), "float32", *products),
         Buffer("thread_strips", (size.threads, strips, rows, N_STRIP), "float32", *products),
         Buffer("thread_rows", (size.threads, _gathered_items(shape, size)), "bfloat16", *gathers),
     ]
     if size.rank:
-        buffers.append(Buffer("thread_lora", (size.threads, size.rank, N_STRIP), "float32", *products))
+        buffers.append(Buffer("thread_lora", (size.threads, _lora_items(shape, size.rank)), "float32", *products))
     return buffers
 
 
 def _weights_items(shape: Shape) -> int:
-    """float32 elements for expanded or paired weights: those of a chunk, on AMX of the whole contraction."""
-    longest = round_up(max(shape.hidden, shape.intermediate), K_STEP)
-    return (longest // 2 if shape.isa == "amx" else CHUNK) * N_STRIP
+    """float32 elements for expanded or paired weights: those of a chunk, on tiles of the whole contraction."""
+    if not ISAS[shape.isa].tiles:
+        return CHUNK * N_STRIP
+    longest = max(round_up(shape.hidden, K_STEP), 2 * round_up(shape.intermediate, K_STEP))  # gate and up in one
+    return longest // 2 * N_STRIP
+
+
+def _left(shape: Shape, size: Extents) -> tuple[int, ...]:
+    """u or du as the left operand of gradients: rows, or tiles (``left_tiles`` in gemm/lora_tiles.hpp)."""
+    if ISAS[shape.isa].tiles:
+        tiles = 1 if 2 * size.rank <= TILE_ROWS else 2 * ceil_div(size.rank, TILE_ROWS)
+        return size.blocks, tiles, TILE_ROWS * K_STEP // 2
+    return size.rows, size.rank
+
+
+def _lora_steps(shape: Shape, rank: int) -> int:
+    """Steps of the LoRA K-step on tiles."""
+    return ceil_div(rank * (2 if shape.lora_bf16 else 3), K_STEP)
+
+
+def _lora_items(shape: Shape, rank: int) -> int:
+    """float32 elements of a thread for a strip of a LoRA matrix; on tiles also for two K-steps, or a gradient."""
+    strip = rank * N_STRIP
+    if not ISAS[shape.isa].tiles:
+        return strip
+    steps = 2 * _lora_steps(shape, rank) * K_STEP * N_STRIP // 2
+    return strip + max(steps, ceil_div(rank, TILE_ROWS) * TILE_ROWS * N_STRIP)
 
 
 def _gathered_items(shape: Shape, size: Extents) -> int:

@@ -48,7 +48,7 @@ struct RowBlocks {
 alignas(64) inline constexpr float kZeros[kStrip] = {};
 
 // What the sums of a product begin with. Those of row r begin with from[r * stride + column]; then comes the LoRA
-// K-step, `low` [blocks, rank, m_step] (u or du of the rows) times `lora` [rank, 32].
+// K-step, `low` [blocks, rank, m_step] (u or du of the rows) times `lora` [rank, 32]; or as the back end has them.
 //
 //                 from             stride
 //     zeros       32 zeros            0       the same for every row
@@ -111,6 +111,14 @@ struct NoChunk {
   void fetch(int64_t, int64_t) const {}
 };
 
+// One product of backward where two are added: dv . W with its LoRA K-step. The sums begin as those of the first one.
+template <Shape S, class Gemm>
+struct Contraction {
+  const typename Gemm::Operand* panel;
+  Weights<S> weights;
+  SumStart start;
+};
+
 // What a back end sets up on each thread for the time of a parallel region; most set up nothing.
 template <class Gemm>
 struct ThreadState {};
@@ -130,6 +138,14 @@ struct NoBackEnd {};
 template <Shape S>
 struct BackEndOf {
   using type = NoBackEnd;
+};
+
+// The form of LoRA on a back end: float32 vectors (lora.hpp), unless it specialises this.
+template <Shape S, class Gemm>
+struct LoraVectors;
+template <Shape S, class Gemm>
+struct LoraFormOf {
+  using type = LoraVectors<S, Gemm>;
 };
 
 // The contract: `BackEnd` is all of these
@@ -197,10 +213,20 @@ concept Transposes = requires(const float* from, int64_t stride, int64_t rows, i
   G::transpose_padded(from, stride, rows, columns, to, stride);
 };
 
+// Has LoRA in a form of its own, and needs neither of the two above.
+template <class G, Shape S>
+concept BringsLora = !std::is_same_v<typename LoraFormOf<S, G>::type, LoraVectors<S, G>>;
+
+// strip = both products of backward in one contraction; not a must.
+template <class G, Shape S>
+concept AddsContractions =
+    HasOperand<G> && requires(const Contraction<S, G> (&both)[2], int64_t rows, int64_t n, float* strip,
+                              float* scratch) { G::backward(both, rows, n, strip, scratch); };
+
 template <class G, Shape S>
 concept BackEnd = SizesRowBlocks<G> && PacksRows<G> && PacksStrips<G> && MultipliesForward<G, S> &&
-                  MultipliesBackward<G, S> && OrdersColumns<G> && MultipliesLowRank<G, S> &&
-                  AddsOuterProducts<G> && Transposes<G>;
+                  MultipliesBackward<G, S> && OrdersColumns<G> &&
+                  (BringsLora<G, S> || (MultipliesLowRank<G, S> && AddsOuterProducts<G>)) && Transposes<G>;
 
 // Whether a class is a back end; if not, an error says in a sentence what is missing.
 template <class G, Shape S>
@@ -215,8 +241,10 @@ constexpr bool check_back_end() {
                 "a back end needs backward(panel, rows, n, weights, start, strip, scratch)");
   static_assert(OrdersColumns<G>,
                 "a back end needs int64_t column_at(lane) and to_natural_order(strip, rows)");
-  static_assert(MultipliesLowRank<G, S>, "a back end needs low_rank(block, rows, k, lora, rank, low)");
-  static_assert(AddsOuterProducts<G>, "a back end needs outer(a, a_stride, rows, b, k, c)");
+  static_assert(BringsLora<G, S> || MultipliesLowRank<G, S>,
+                "a back end needs low_rank(block, rows, k, lora, rank, low)");
+  static_assert(BringsLora<G, S> || AddsOuterProducts<G>,
+                "a back end needs outer(a, a_stride, rows, b, k, c)");
   static_assert(Transposes<G>,
                 "a back end needs transpose and transpose_padded(from, stride, rows, columns, to, stride)");
   return BackEnd<G, S>;

@@ -1,11 +1,15 @@
 // Packed blocks for products of pairs of bfloat16: with pairs along the outputs, over which backward contracts, and
 // without what lies outside the matrix.
 #pragma once
+#ifdef __AVX512BW__
 #include <immintrin.h>
+#endif
 
 #include "gemm/interface.hpp"
 
 namespace jitmoe {
+
+#ifdef __AVX512BW__
 
 inline void transpose_qwords(__m512i (&row)[8]) {
   __m512i next[8];
@@ -59,5 +63,19 @@ inline void cut_pairs(const bf16* block, int64_t count, bf16* cut) {
       _mm512_storeu_si512(cut + at, _mm512_and_si512(_mm512_loadu_si512(block + at), inside));
     }
 }
+
+#else
+
+inline void pair_outputs(const bf16* block, bf16* paired) {
+  for (int64_t out = 0; out < kStrip; ++out)
+    for (int64_t in = 0; in < kKStep; ++in) paired[pair_at(in, out)] = block[pair_at(out, in)];
+}
+
+inline void cut_pairs(const bf16* block, int64_t count, bf16* cut) {
+  for (int64_t at = 0; at < kBlockElements; ++at)
+    cut[at] = at % kTileElements / kKStep * 2 + at % 2 < count ? block[at] : bf16{0};
+}
+
+#endif
 
 }  // namespace jitmoe

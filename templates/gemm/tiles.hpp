@@ -26,6 +26,11 @@ inline void load_configuration(const Configuration& configuration) {
 inline void release() { asm volatile("tilerelease" ::: "memory"); }
 
 template <int Tile>
+inline void zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Tile) : "memory");
+}
+
+template <int Tile>
 inline void load(const void* rows, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(Tile) : "memory");
 }

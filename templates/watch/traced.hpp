@@ -58,10 +58,14 @@ inline void observe_strip(const Call& call, Tensor what, const Segment& segment,
           {segment.row, segment.rows, column, smaller(kStrip, width - column), kStrip, 1}, values);
 }
 
-// The low-rank product of a row block, [rank, m_step].
-template <Shape S>
-void observe_low(const Call& call, Tensor what, const Block& block, const float* low) {
-  observe(call, what, block.segment->expert, {block.row, block.rows, 0, call.rank, 1, S.m_step}, low);
+// The low-rank product of a row block, whose values are at(row, r).
+template <Shape S, class At>
+void observe_low(const Call& call, Tensor what, const Block& block, At&& at) {
+  for (int64_t r = 0; r < call.rank; ++r) {
+    float values[S.m_step];
+    for (int64_t row = 0; row < block.rows; ++row) values[row] = at(row, r);
+    observe(call, what, block.segment->expert, {block.row, block.rows, r, 1, 1, 1}, values);
+  }
 }
 
 // Gathered rows of tokens.

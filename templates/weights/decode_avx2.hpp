@@ -89,7 +89,7 @@ struct Decode256 {
 };
 
 template <Shape S>
-  requires(S.isa == Isa::avx2 && S.format != Format::bfloat16)
+  requires((S.isa == Isa::avx2 || S.isa == Isa::amx_avx2) && S.format != Format::bfloat16)
 struct DecoderOf<S> {
   using type = VectorDecoder<S, Decode256>;
 };
