@@ -1,4 +1,4 @@
-"""One call of the experts: plans its scratch, fills the record of the kernels, and runs them."""
+"""One call of a part of the experts: plans its scratch, fills the record of the kernels, and runs them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from jitmoe.process import usable_threads
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call, routed; the one record of it.
+    """One call of a part, routed; the one record of it.
 
     Attributes:
         shape: the kernel instance.
@@ -52,24 +52,27 @@ class Call:
         return self.route.row_token.size
 
 
-def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor], scale: float) -> Call:
-    """Route ``topk_ids`` [T, K] and choose a kernel of ``isa``.
+def new_calls(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor], scale: float) -> tuple[Call, ...]:
+    """Route ``topk_ids`` [T, K] once and choose a kernel of ``isa`` for each part: one call a part.
 
     Raises:
         InputError: an expert id outside [0, E), without ``config.allow_skip``.
     """
     lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
     routed = route(topk_ids.contiguous().numpy(), config.num_experts, config.allow_skip)
-    return Call(
-        shape=plan_kernels(config, isa, lora_dtype).select(routed.row_token.size, routed.active.size),
-        route=routed,
-        tokens=topk_ids.shape[0],
-        top_k=config.top_k,
-        num_experts=config.num_experts,
-        rank=config.lora_rank,
-        scale=scale,
-        alpha=config.activation_alpha,
-        limit=config.activation_limit,
+    return tuple(
+        Call(
+            shape=kernel_plan.select(routed.row_token.size, routed.active.size),
+            route=routed,
+            tokens=topk_ids.shape[0],
+            top_k=config.top_k,
+            num_experts=config.num_experts,
+            rank=config.lora_rank,
+            scale=scale,
+            alpha=config.activation_alpha,
+            limit=config.activation_limit,
+        )
+        for kernel_plan in plan_kernels(config, isa, lora_dtype).by_part
     )
 
 
