@@ -1,6 +1,8 @@
 """Parts of the intermediate dimension: right by the yardstick, the same bits on any machine, on the nodes it has."""
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ from helpers import (
     case_named,
     copied,
     different,
+    frozen_of,
     launches,
     layer_of,
     on_threads,
@@ -21,11 +24,12 @@ from quantized import PACKINGS, options_of, packing_named, pair_of, random_quant
 from test_formats import kernels_of
 from yardstick import CASES, Case, Inputs, check, make_inputs, results_of_layer
 
-from jitmoe import MoEConfig, MoELayer, moe_experts
-from jitmoe.errors import ConfigError
+from jitmoe import MemoryPlan, MoEConfig, MoELayer, moe_experts
+from jitmoe.errors import BudgetError, ConfigError
 from jitmoe.experts.functional import Adapters, FusedAdapters
 from jitmoe.experts.pack import decode_parts, empty_packed, pack_parts, unpack_parts
 from jitmoe.experts.slices import extent_of
+from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.oracle.formats import dequantize
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan.parts import parts_of
@@ -189,3 +193,60 @@ def test_compiled(dtype):
         out.backward(inputs.dout.to(dtype))
         results.append({"out": out, "x": x.grad} | {n: p.grad.clone() for n, p in layer.named_parameters()})
     assert different(*results) == []
+
+
+class TestMemory:
+    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("name", ["ragged_100", "gpt_oss"])
+    def test_the_plan_knows_every_tensor(self, name, recompute, x_dtype):
+        """Shapes of all that the layer holds, saves and allocates in both passes, each as often as planned."""
+        case = case_named(name)
+        inputs = make_inputs(case)
+        parts = FAST[name][0]
+        layer = layer_of(inputs, ISA, tensor_parallel=parts, recompute=recompute)
+        made: list[torch.Tensor] = []
+
+        def noted(allocate):
+            def allocate_and_keep(*arguments):
+                made.append(allocate(*arguments))
+                return made[-1]
+
+            return allocate_and_keep
+
+        x = inputs.x.to(x_dtype).requires_grad_()
+        weights = inputs.weights.float().requires_grad_()
+        with supplied(empty=noted(supplies().empty), zeros=noted(supplies().zeros)):
+            layer(x, inputs.topk_ids, weights).backward(inputs.dout.to(x_dtype))
+        planned = MemoryPlan.of(layer.config, case.tokens, 1, x_dtype=str(x_dtype).removeprefix("torch."))
+        frozen = {t.name: (t.shape, t.dtype) for t in planned.held if t.kind == "packed weight"}
+        assert frozen == {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in frozen_of(layer).items()}
+        ours = ("new ", "out", "x.grad", "weights.grad", *(f"{n}.saved" for n in ("gate", "up", "down")))
+        wanted = Counter(
+            (math.prod(t.shape), t.dtype)
+            for t in planned.held
+            if t.name.startswith(ours) and "operand" not in t.name and not t.name.endswith("cast")
+            if t.kind in ("saved", "result", "transient")
+        )
+        wanted += Counter((math.prod(t.shape), t.dtype) for t in planned.held if " down_bias_" in t.name)
+        assert Counter((t.numel(), str(t.dtype).removeprefix("torch.")) for t in made) == wanted
+
+    @pytest.mark.parametrize("threads", [1, 3, 8])
+    def test_no_call_takes_more_scratch(self, threads):
+        inputs = make_inputs(CASE)
+        layer = layer_of(inputs, ISA, tensor_parallel=5)
+        planned = MemoryPlan.of(layer.config, CASE.tokens, threads)
+        with on_threads(threads), launches() as seen:
+            results_of_layer(layer, inputs)
+        for item in planned.passes:
+            mine = [launch.plan.nbytes for launch in seen if launch.pass_name == item.name]
+            assert len(mine) == 5 and max(mine) <= item.nbytes
+
+    def test_a_budget_counts_the_parts(self):
+        config = replace(SMALL, tensor_parallel=3)
+        one, three = (MemoryPlan.of(c, 64, 1).nbytes for c in (SMALL, config))
+        assert three > one
+        inputs = make_inputs(case_named("small"))
+        layer = layer_of(inputs, ISA, tensor_parallel=3, memory_budget=MemoryPlan.of(config, 24, 1).nbytes - 1)
+        with on_threads(1), pytest.raises(BudgetError, match="of each of 3 parts"):
+            layer(inputs.x, inputs.topk_ids, inputs.weights)
