@@ -643,8 +643,8 @@ MUTANTS = (
     Mutant(
         "arena_lent_twice",
         "jitmoe/experts/workspace.py",
-        "self._free.pop() if self._free else None",
-        "self._free[-1] if self._free else None",
+        "free.pop() if free else None",
+        "free[-1] if free else None",
         ("test_memory.py::TestArenas::test_two_at_once_get_two",),
         "Two calls at once compute in one arena.",
     ),

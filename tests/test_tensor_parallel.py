@@ -2,9 +2,13 @@
 
 import copy
 import math
+import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,16 +28,20 @@ from quantized import PACKINGS, options_of, packing_named, pair_of, random_quant
 from test_formats import kernels_of
 from yardstick import CASES, Case, Inputs, check, make_inputs, results_of_layer
 
-from jitmoe import MemoryPlan, MoEConfig, MoELayer, moe_experts
+from jitmoe import MemoryPlan, MoEConfig, MoELayer, moe_experts, numa
 from jitmoe.errors import BudgetError, ConfigError
 from jitmoe.experts.functional import Adapters, FusedAdapters
 from jitmoe.experts.pack import decode_parts, empty_packed, pack_parts, unpack_parts
 from jitmoe.experts.slices import extent_of
 from jitmoe.experts.supplies import supplied, supplies
+from jitmoe.experts.workspace import Arenas, allocate
+from jitmoe.files import warn_once
 from jitmoe.oracle.formats import dequantize
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan.parts import parts_of
 from jitmoe.plan.projections import projections
+from jitmoe.plan.teams import plan_teams
+from jitmoe.topology import Node, read_topology, usable_nodes
 
 ISA = usable_isas()[0]
 
@@ -250,3 +258,265 @@ class TestMemory:
         layer = layer_of(inputs, ISA, tensor_parallel=3, memory_budget=MemoryPlan.of(config, 24, 1).nbytes - 1)
         with on_threads(1), pytest.raises(BudgetError, match="of each of 3 parts"):
             layer(inputs.x, inputs.topk_ids, inputs.weights)
+
+
+HERE = sorted(os.sched_getaffinity(0))
+
+TWO = (Node(0, frozenset({HERE[0]})), Node(1, frozenset({HERE[-1]})))
+"""Nodes of a machine that this one is not; threads can be bound to their CPUs all the same."""
+
+
+class TestTeams:
+    @pytest.mark.parametrize(
+        ("parts", "threads", "cores", "expected"),
+        [
+            (1, 8, [4, 4], [(None, (0,), 8)]),
+            (3, 8, [8], [(None, (0, 1, 2), 8)]),
+            (2, 1, [4, 4], [(None, (0, 1), 1)]),
+            (2, 7, [4, 4], [(0, (0,), 4), (1, (1,), 3)]),
+            (2, 16, [4, 2], [(0, (0,), 4), (1, (1,), 2)]),
+            (5, 4, [4, 4], [(0, (0, 1, 2), 2), (1, (3, 4), 2)]),
+            (2, 8, [2, 2, 2, 2], [(0, (0,), 2), (1, (1,), 2)]),
+            (4, 3, [1, 1, 1, 1], [(0, (0, 1), 1), (2, (2,), 1), (3, (3,), 1)]),
+        ],
+    )
+    def test_parts_are_shared_out(self, parts, threads, cores, expected):
+        nodes = [Node(number, frozenset(range(100 * number, 100 * number + n))) for number, n in enumerate(cores)]
+        teams = plan_teams(parts, threads, nodes)
+        assert [(team.node and team.node.number, team.parts, team.threads) for team in teams] == expected
+
+
+class TestNodes:
+    """Row 27: what a machine, a container or a cpuset lacks changes where and how fast, never a bit."""
+
+    def layer(self, inputs, parts=2, **changes) -> MoELayer:
+        with supplied(**changes):
+            return layer_of(inputs, ISA, tensor_parallel=parts)
+
+    @pytest.fixture
+    def inputs(self) -> Inputs:
+        return make_inputs(CASE)
+
+    @pytest.fixture(autouse=True)
+    def warnings_come_again(self):
+        warn_once.cache_clear()
+
+    @pytest.mark.parametrize("threads", [2, 3])
+    def test_each_node_computes_its_parts_at_home(self, inputs, threads):
+        expected = copied(results_of_layer(self.layer(inputs, 5), inputs))
+        before, seen = os.sched_getaffinity(0), {}
+
+        class Noting(Arenas):
+            @contextmanager
+            def lease(self, nbytes, node=None):
+                seen.setdefault(node, set()).add(frozenset(os.sched_getaffinity(0)))
+                with super().lease(nbytes, node) as address:
+                    yield address
+
+        with supplied(nodes=lambda: TWO, prefer=lambda *_: None, arenas=Noting()), on_threads(threads):
+            layer = layer_of(inputs, ISA, tensor_parallel=5)
+            results = results_of_layer(layer, inputs)
+        assert different(results, expected) == []
+        assert seen == {node.number: {node.cpus} for node in TWO}
+        assert os.sched_getaffinity(0) == before, "the calling thread was bound, too"
+
+    def test_weights_are_asked_to_lie_at_home(self, inputs):
+        asked = []
+        layer = self.layer(
+            inputs, 5, nodes=lambda: TWO, prefer=lambda *where: asked.append(where), nodes_of=lambda *_: {}
+        )
+        wanted = {(tensor.data_ptr(), tensor.nbytes): int(name[-1]) >= 3 for name, tensor in layer._packed().items()}
+        assert {(address, nbytes): node for address, nbytes, node in asked} == wanted
+
+    def test_mbind_refused(self, inputs):
+        expected = copied(results_of_layer(self.layer(inputs), inputs))
+        with pytest.warns(RuntimeWarning, match="cannot be bound to a NUMA node .*not permitted.*SYS_NICE"):
+            layer = self.layer(inputs, nodes=lambda: TWO, prefer=lambda *_: "mbind: Operation not permitted")
+        with supplied(nodes=lambda: TWO):
+            assert different(results_of_layer(layer, inputs), expected) == []
+
+    def test_weights_that_lie_elsewhere_are_named(self, inputs):
+        with pytest.warns(RuntimeWarning, match="whose home is NUMA node 1 lie in part on node 0:"):
+            self.layer(inputs, nodes=lambda: TWO, prefer=lambda *_: None, nodes_of=lambda *_: {0: 5, 1: 3, -2: 9})
+
+    def test_a_system_that_does_not_say_where_memory_is(self, inputs):
+        refused = {"nodes_of": lambda *_: "move_pages: Function not implemented", "prefer": lambda *_: None}
+        with pytest.warns(RuntimeWarning, match="does not say on which NUMA node.*move_pages"):
+            self.layer(inputs, nodes=lambda: TWO, **refused)
+
+    @pytest.mark.parametrize(("nodes", "text"), [(TWO[:1], "1 NUMA node:"), (TWO, "2 NUMA nodes:")])
+    def test_fewer_nodes_than_parts(self, inputs, nodes, text):
+        expected = copied(results_of_layer(layer_of(inputs, ISA, tensor_parallel=5), inputs))
+        warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match=f"tensor_parallel=5, and this process may use {text}"):
+            layer = self.layer(inputs, 5, nodes=lambda: nodes, prefer=lambda *_: None, nodes_of=lambda *_: {})
+        with supplied(nodes=lambda: nodes), on_threads(2):
+            assert different(results_of_layer(layer, inputs), expected) == []
+
+    def test_fewer_threads_than_nodes(self, inputs):
+        layer = self.layer(inputs)
+        expected = copied(results_of_layer(layer, inputs))
+        with supplied(nodes=lambda: TWO), on_threads(1), pytest.warns(RuntimeWarning, match="1 thread for 2 parts"):
+            assert different(results_of_layer(layer, inputs), expected) == []
+
+    def test_threads_that_cannot_be_bound(self, inputs):
+        layer = self.layer(inputs)
+        expected = copied(results_of_layer(layer, inputs))
+        strange = tuple(Node(number, frozenset({5000 + number})) for number in (8, 9))
+        with (
+            supplied(nodes=lambda: strange),
+            on_threads(2),
+            pytest.warns(RuntimeWarning, match="cannot be bound to the"),
+        ):
+            assert different(results_of_layer(layer, inputs), expected) == []
+
+    def test_an_error_of_a_part_is_raised_when_all_have_ended(self, inputs):
+        layer = self.layer(inputs)
+
+        class Broken(Arenas):
+            ended = 0
+
+            @contextmanager
+            def lease(self, nbytes, node=None):
+                if node == 0:
+                    raise MemoryError("no memory for the first part")
+                with super().lease(nbytes, node) as address:
+                    time.sleep(0.1)
+                    yield address
+                Broken.ended += 1
+
+        with (
+            supplied(nodes=lambda: TWO, arenas=Broken()),
+            on_threads(2),
+            pytest.raises(MemoryError, match="first part"),
+        ):
+            layer(inputs.x, inputs.topk_ids, inputs.weights)
+        assert Broken.ended == 1
+
+    def test_a_forked_child_computes_alone(self, inputs):
+        layer = self.layer(inputs)
+        with supplied(nodes=lambda: TWO), on_threads(2):
+            expected = results_of_layer(layer, inputs)["out"].clone()
+            child = os.fork()
+            if child == 0:
+                try:
+                    with torch.no_grad():
+                        os._exit(0 if same_bits(layer(inputs.x, inputs.topk_ids, inputs.weights), expected) else 1)
+                finally:
+                    os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def test_memory_goes_where_it_is_asked(self):
+        """On this machine: pages of its own nodes, bound, touched and asked for."""
+        node = usable_nodes()[0].number
+        memory = allocate(8 * numa.PAGE)
+        refused = numa.prefer(memory.ctypes.data, memory.nbytes, node)
+        memory[:] = 1
+        if refused is None:
+            assert numa.nodes_of(memory.ctypes.data, memory.nbytes) == {node: 8}
+        assert numa.prefer(memory.ctypes.data, memory.nbytes, 1000).startswith("mbind: ")
+
+
+Tree = dict[str, str]
+"""Files under /sys/devices/system by path, with their content."""
+
+
+def node_files(number: int, cpus: str, memory: int = 1024, distance: str = "10 20 30 40") -> Tree:
+    node = f"node/node{number}"
+    return {
+        f"{node}/cpulist": cpus,
+        f"{node}/meminfo": f"Node {number} MemTotal:       {memory} kB\nNode {number} MemFree: 1 kB\n",
+        f"{node}/distance": distance,
+    }
+
+
+def cores(*pairs: tuple[int, ...], package: int = 0) -> Tree:
+    """CPUs of one core each."""
+    ids = {"physical_package_id": str(package), "die_id": "0"}
+    return {
+        f"cpu/cpu{cpu}/topology/{name}": text
+        for core, cpus in enumerate(pairs)
+        for cpu in cpus
+        for name, text in (ids | {"core_id": str(core)}).items()
+    }
+
+
+FOUR = [node_files(node, f"{2 * node}-{2 * node + 1}") for node in range(4)]
+TWO_SOCKETS = {"node/online": "0-1\n", **node_files(0, "0-3,8-11"), **node_files(1, "4-7,12-15", distance="20 10")}
+TWINS = {**cores((0, 8), (1, 9), (2, 10), (3, 11)), **cores((4, 12), (5, 13), package=1)}
+ODD = {
+    "no /sys": ({}, "0-3", "0", {0: "0-3"}, []),
+    "one node": ({"node/online": "0", **node_files(0, "0-3")}, "0-3", "0", {0: "0-3"}, []),
+    "two sockets": (TWO_SOCKETS, "0-15", "0-1", {0: "0-3,8-11", 1: "4-7,12-15"}, []),
+    "hyperthreads": (TWO_SOCKETS | TWINS, "0-15", "0-1", {0: "0-3", 1: "4-7,14-15"}, []),
+    "second hyperthreads only": (TWO_SOCKETS | TWINS, "8-9,4", "0-1", {0: "8-9", 1: "4"}, []),
+    "cpuset": (TWO_SOCKETS, "4-5", "0-1", {1: "4-5"}, ["node 0 has no CPU that this process may use"]),
+    "Mems_allowed": (TWO_SOCKETS, "0-15", "1", {1: "0-15"}, ["node 0 has no memory .* CPUs work for node 1"]),
+    "a node without memory": (
+        {
+            "node/online": "0-2",
+            **node_files(0, "0-1", distance="10 40 30"),
+            **node_files(1, "2-3", distance="40 10 20"),
+            **node_files(2, "4-5", memory=0, distance="30 20 10"),
+        },
+        "0-5",
+        None,
+        {0: "0-1", 1: "2-5"},
+        ["node 2 has no memory .* CPUs work for node 1"],
+    ),
+    "memory without CPUs": (
+        TWO_SOCKETS | {"node/online": "0-2"} | node_files(2, "\n"),
+        "0-15",
+        "0-2",
+        {0: "0-3,8-11", 1: "4-7,12-15"},
+        ["node 2 has no CPU"],
+    ),
+    "sub-NUMA clusters": (
+        {"node/online": "0-3", **FOUR[0], **FOUR[1], **FOUR[2], **FOUR[3]}
+        | cores((0,), (1,), (2,), (3,))
+        | cores((4,), (5,), (6,), (7,), package=1),
+        "0-7",
+        "0-3",
+        {0: "0-1", 1: "2-3", 2: "4-5", 3: "6-7"},
+        [],
+    ),
+    "numbers with gaps": (
+        {"node/online": "0,8", **node_files(0, "0-1", distance="10 40"), **node_files(8, "2-3", distance="40 10")},
+        "0-3",
+        "0,8",
+        {0: "0-1", 8: "2-3"},
+        [],
+    ),
+    "no node of Mems_allowed": ({"node/online": "0", **node_files(0, "0-3")}, "0-3", "5", {0: "0-3"}, []),
+}
+"""Files, CPUs and memory nodes of the process; expected nodes with their CPUs, and what is said of others."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_topologies(name, tmp_path):
+    files, cpus, memory, nodes, left_out = ODD[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    status = tmp_path / "status"
+    status.write_text("Mems_allowed:\t1\n" + (f"Mems_allowed_list:\t{memory}\n" if memory else ""))
+    found = read_topology(tmp_path, status, listed(cpus))
+    assert {node.number: node.cpus for node in found.nodes} == {number: listed(text) for number, text in nodes.items()}
+    assert len(found.left_out) == len(left_out)
+    assert all(re.search(pattern, reason) for pattern, reason in zip(left_out, found.left_out, strict=True))
+
+
+def listed(text: str) -> frozenset[int]:
+    """The numbers of a list like 0-3,8."""
+    ends = [entry.split("-") for entry in text.split(",")]
+    return frozenset(number for entry in ends for number in range(int(entry[0]), int(entry[-1]) + 1))
+
+
+def test_auto_becomes_a_number_that_stays(monkeypatch):
+    """Where it is made, once: on another machine the config that was saved has the same bits."""
+    monkeypatch.setattr("jitmoe.config.usable_nodes", lambda: TWO)
+    config = replace(SMALL, tensor_parallel="auto")
+    assert (config.tensor_parallel, config.parts) == (2, 2)
+    assert replace(SMALL, intermediate_size=32, tensor_parallel="auto").parts == 1, "no more parts than strips"
+    monkeypatch.undo()
+    assert MoEConfig(**asdict(config)).parts == replace(config, lora_rank=4).parts == 2

@@ -84,7 +84,12 @@ def row_weights(call: Call, weights: Tensor) -> npt.NDArray[np.float32]:
 
 
 def run(
-    pass_name: PassName, call: Call, row_weight: npt.NDArray[np.float32], tensors: Mapping[str, int], threads: int
+    pass_name: PassName,
+    call: Call,
+    row_weight: npt.NDArray[np.float32],
+    tensors: Mapping[str, int],
+    threads: int,
+    node: int | None = None,
 ) -> None:
     """Run one pass on the kernels.
 
@@ -97,6 +102,7 @@ def run(
             saves, or has saved. The gradient of the routing weights is zero before backward; those of LoRA are left
             alone for experts without rows.
         threads: to use; results do not depend on it.
+        node: NUMA node that they stay on, if they do.
 
     Raises:
         KernelError: a name that the kernels do not know.
@@ -121,7 +127,7 @@ def run(
     else:
         plan = supplies().plan_forward(shape, extents)
     kernels = supplies().load(shape)
-    with supplies().arenas.lease(plan.nbytes) as arena:
+    with supplies().arenas.lease(plan.nbytes, node) as arena:
         record = abi.record({**plan.fields(arena), **_routing(call, groups, row_weight, threads), **tensors})
         launch = Launch(pass_name, shape, kernels, record, plan, arena, call.route, row_weight, call.top_k)
         with nullcontext() if watcher is None else watcher.around(launch):

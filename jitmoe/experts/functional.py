@@ -9,6 +9,7 @@ from torch import Tensor
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import ops
+from jitmoe.experts.homes import check_homes, prefer_home
 from jitmoe.experts.inputs import FLOATS, check_bias, check_dense, check_plain
 from jitmoe.experts.lora import FUSED_NAMES, names_of
 from jitmoe.experts.pack import PackedExperts, empty_packed, pack_parts
@@ -160,6 +161,8 @@ def pack_base(
         else:
             extents = [extent_of(projection, part) for part in parts]
             tensors = [empty_packed(config.num_experts, *extent, config.packing) for extent in extents]
+            for part, tensor in zip(parts, tensors, strict=True):
+                prefer_home(tensor, part, len(parts))
             pack_parts(any_kernels, projection.base_name, source, tensors, projection, parts, config.packing)
         found |= {f"{projection.name}{part.suffix}": tensor for part, tensor in zip(parts, tensors, strict=True)}
         if config.bias:
@@ -168,6 +171,7 @@ def pack_base(
         elif bias is not None:
             raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
     packed = {name: found[name] for part in parts for name in part.names()}
+    check_homes(config, packed)
     seal = Seal()
     for name, tensor in packed.items():
         seal.close(name, tensor)

@@ -20,6 +20,7 @@ from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit.kernels import Kernels
 from jitmoe.plan.parts import Part
 from jitmoe.plan.projections import Projection
+from jitmoe.plan.teams import Team
 from jitmoe.process import usable_threads
 
 
@@ -113,10 +114,10 @@ def _pack_piece(
     projection: Projection,
     packing: Packing,
     part: Part,
-    threads: int,
+    team: Team,
 ) -> None:
     pieces = matrix if part.is_whole else piece(matrix, packing, projection.cut_axis, part)
-    _pack_one(kernels, name, pieces, targets[part.index], *extent_of(projection, part), threads)
+    _pack_one(kernels, name, pieces, targets[part.index], *extent_of(projection, part), team.threads)
 
 
 def _matrices(

@@ -24,6 +24,7 @@ from jitmoe.experts.workspace import memory_errors
 from jitmoe.plan.parts import Part, parts_of
 from jitmoe.plan.projections import LORA_NAMES, NAMES
 from jitmoe.plan.scratch import Saved, saved_tensors
+from jitmoe.plan.teams import Team
 
 Fields = dict[str, int]
 """Addresses and strides under the names of :data:`jitmoe.jit.abi.FIELDS`."""
@@ -162,9 +163,10 @@ def _pieces(
 
 
 def _run(pass_name: PassName, pieces: Sequence[_Piece], row_weight: npt.NDArray[np.float32]) -> None:
-    def run(part: Part, threads: int) -> None:
+    def run(part: Part, team: Team) -> None:
         piece = pieces[part.index]
-        calls.run(pass_name, piece.call, row_weight, piece.fields, threads)
+        node = team.node.number if team.node else None
+        calls.run(pass_name, piece.call, row_weight, piece.fields, team.threads, node)
 
     by_part([piece.part for piece in pieces], torch.get_num_threads(), run)
 
