@@ -29,7 +29,7 @@ from test_formats import kernels_of
 from yardstick import CASES, Case, Inputs, check, make_inputs, results_of_layer
 
 from jitmoe import MemoryPlan, MoEConfig, MoELayer, moe_experts, numa
-from jitmoe.errors import BudgetError, ConfigError
+from jitmoe.errors import BudgetError, ConfigError, PackedFileError
 from jitmoe.experts.functional import Adapters, FusedAdapters
 from jitmoe.experts.pack import decode_parts, empty_packed, pack_parts, unpack_parts
 from jitmoe.experts.slices import extent_of
@@ -51,6 +51,11 @@ FAST = {"ragged_100": (5,), "gpt_oss": (3,), "skipped_slots": (2,)}
 """Cells that `make test` runs: five parts, of which one has 2 columns; biases; skipped slots."""
 
 CASE = case_named("ragged_100")
+
+HERE = sorted(os.sched_getaffinity(0))
+
+TWO = (Node(0, frozenset({HERE[0]})), Node(1, frozenset({HERE[-1]})))
+"""Nodes of a machine that this one is not; threads can be bound to their CPUs all the same."""
 
 SMALL = MoEConfig(num_experts=4, hidden_size=64, intermediate_size=96, top_k=2)
 
@@ -203,6 +208,38 @@ def test_compiled(dtype):
     assert different(*results) == []
 
 
+class TestPackedFiles:
+    @pytest.fixture
+    def layer(self) -> MoELayer:
+        return layer_of(make_inputs(CASE), ISA, tensor_parallel=5)
+
+    @pytest.mark.parametrize("verify", [False, True])
+    @pytest.mark.parametrize("nodes", [1, 2])
+    def test_a_mapped_file_has_the_same_bits(self, layer, tmp_path, nodes, verify):
+        inputs = make_inputs(CASE)
+        layer.save_packed(tmp_path / "layer.packed")
+        with supplied(nodes=lambda: TWO[:nodes]), on_threads(2):
+            mapped = MoELayer.from_packed(layer.config, tmp_path / "layer.packed", verify=verify)
+            set_lora(mapped, inputs)
+            assert different(results_of_layer(mapped, inputs), results_of_layer(layer, inputs)) == []
+
+    @pytest.mark.parametrize(("saved", "wanted"), [(5, 1), (1, 5), (5, 2)])
+    def test_a_file_of_another_count_is_refused(self, tmp_path, saved, wanted):
+        layer = layer_of(make_inputs(CASE), ISA, tensor_parallel=saved)
+        layer.save_packed(tmp_path / "layer.packed")
+        with pytest.raises(PackedFileError, match=f"for tensor_parallel={saved}, the config says {wanted}: take"):
+            MoELayer.from_packed(replace(layer.config, tensor_parallel=wanted), tmp_path / "layer.packed")
+
+    def test_damage_in_a_part_is_named(self, layer, tmp_path):
+        path = tmp_path / "layer.packed"
+        layer.save_packed(path)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(PackedFileError, match="the down_4 weights are not what was written"):
+            MoELayer.from_packed(layer.config, path)
+
+
 class TestMemory:
     @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("recompute", [False, True])
@@ -258,12 +295,6 @@ class TestMemory:
         layer = layer_of(inputs, ISA, tensor_parallel=3, memory_budget=MemoryPlan.of(config, 24, 1).nbytes - 1)
         with on_threads(1), pytest.raises(BudgetError, match="of each of 3 parts"):
             layer(inputs.x, inputs.topk_ids, inputs.weights)
-
-
-HERE = sorted(os.sched_getaffinity(0))
-
-TWO = (Node(0, frozenset({HERE[0]})), Node(1, frozenset({HERE[-1]})))
-"""Nodes of a machine that this one is not; threads can be bound to their CPUs all the same."""
 
 
 class TestTeams:

@@ -18,8 +18,8 @@ from jitmoe.experts.teams import by_part
 from jitmoe.experts.workspace import allocate, memory_errors
 from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit.kernels import Kernels
-from jitmoe.plan.parts import Part
-from jitmoe.plan.projections import Projection
+from jitmoe.plan.parts import Part, parts_of
+from jitmoe.plan.projections import NAMES, Projection
 from jitmoe.plan.teams import Team
 from jitmoe.process import usable_threads
 
@@ -46,7 +46,10 @@ def open_packed(path: Path, config: MoEConfig, verify: bool) -> dict[str, Packed
     """The experts in a file of packed weights under gate, up and down; see :func:`map_packed`."""
     matrices = map_packed(path, config, verify)
     with torch.inference_mode(False):  # as in empty_packed
-        return {name: PackedExperts(torch.from_numpy(matrix)) for name, matrix in matrices.items()}
+        tensors = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
+    suffixes = [part.suffix for part in parts_of(config)]
+    by_name = {name: [tensors[f"{name}{suffix}"] for suffix in suffixes] for name in NAMES}
+    return {name: PackedExperts(first, tuple(others)) for name, (first, *others) in by_name.items()}
 
 
 def empty_packed(experts: int, out: int, in_: int, packing: Packing = BFLOAT16) -> torch.Tensor:
