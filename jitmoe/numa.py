@@ -1,6 +1,7 @@
 """Puts memory on NUMA nodes and asks where it lies, by the system calls of Linux; libnuma is not needed."""
 
 import ctypes
+import mmap
 import os
 from collections.abc import Callable
 
@@ -69,3 +70,17 @@ def nodes_of(address: int, nbytes: int) -> dict[int, int] | str:
     for node in status:
         found[node] = found.get(node, 0) + 1
     return found
+
+
+def trial(node: int) -> str | None:
+    """Put a page on ``node`` and look where it is: None if it is there, else why not."""
+    with mmap.mmap(-1, PAGE) as memory:
+        page = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(page)
+        refused = prefer(address, PAGE, node)
+        page.value = b"\1"
+        found = nodes_of(address, PAGE)
+        del page  # or the memory would still be in use
+    if refused:
+        return refused
+    return found if isinstance(found, str) else None if node in found else "it came from another node"

@@ -28,14 +28,20 @@ from quantized import PACKINGS, options_of, packing_named, pair_of, random_quant
 from test_formats import kernels_of
 from yardstick import CASES, Case, Inputs, check, make_inputs, results_of_layer
 
+import jitmoe
 from jitmoe import MemoryPlan, MoEConfig, MoELayer, moe_experts, numa
-from jitmoe.errors import BudgetError, ConfigError, PackedFileError
+from jitmoe.errors import BudgetError, ConfigError, PackedFileError, TraceError
 from jitmoe.experts.functional import Adapters, FusedAdapters
+from jitmoe.experts.observer import observing
 from jitmoe.experts.pack import decode_parts, empty_packed, pack_parts, unpack_parts
 from jitmoe.experts.slices import extent_of
 from jitmoe.experts.supplies import supplied, supplies
 from jitmoe.experts.workspace import Arenas, allocate
 from jitmoe.files import warn_once
+from jitmoe.inspect.checked import Checker
+from jitmoe.inspect.debug import stages
+from jitmoe.inspect.recording import read_recording
+from jitmoe.inspect.replay import Replay
 from jitmoe.oracle.formats import dequantize
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan.parts import parts_of
@@ -206,6 +212,49 @@ def test_compiled(dtype):
         out.backward(inputs.dout.to(dtype))
         results.append({"out": out, "x": x.grad} | {n: p.grad.clone() for n, p in layer.named_parameters()})
     assert different(*results) == []
+
+
+class TestInside:
+    """Those who look see one part after the other, or refuse by name."""
+
+    @pytest.fixture
+    def inputs(self) -> Inputs:
+        return make_inputs(CASE)
+
+    @pytest.fixture
+    def layer(self, inputs: Inputs) -> MoELayer:
+        return layer_of(inputs, ISA, tensor_parallel=5)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_checked(self, inputs, recompute):
+        layer = layer_of(inputs, ISA, tensor_parallel=5, recompute=recompute)
+        expected = copied(results_of_layer(layer, inputs))
+        with observing(Checker()):
+            assert different(results_of_layer(layer, inputs), expected) == []
+
+    def test_a_trace_is_refused(self, layer, inputs):
+        with jitmoe.trace(), pytest.raises(TraceError, match="tensor_parallel=5 cannot be traced"):
+            layer(inputs.x, inputs.topk_ids, inputs.weights)
+
+    def test_a_captured_call_has_the_same_bits_again(self, layer, inputs, tmp_path):
+        layer.capture(tmp_path / "call.pt")
+        results_of_layer(layer, inputs)
+        replay = Replay(read_recording(tmp_path / "call.pt"))
+        assert replay.layer.config.parts == 5
+        assert "the same bits" in replay.summary()
+
+    def test_every_stage_is_right(self, layer, inputs):
+        """Gate and up of an expert are put together from what the parts saved."""
+        found = list(stages(layer, inputs))
+        assert len(found) > 2 and not any(stage.deviation for stage in found)
+
+    def test_batch_invariant(self, inputs):
+        layer = layer_of(inputs, ISA, tensor_parallel=5, batch_invariant=True)
+        with torch.no_grad():
+            whole = layer(inputs.x, inputs.topk_ids, inputs.weights)
+            some = layer(inputs.x[7:9], inputs.topk_ids[7:9], inputs.weights[7:9])
+        assert same_bits(whole[7:9], some)
 
 
 class TestPackedFiles:

@@ -23,7 +23,10 @@ def by_part(parts: Sequence[Part], threads: int, work: Work) -> None:
     Whoever looks at calls sees one part after the other.
     """
     nodes = supplies().nodes()
-    if len(parts) == 1 or observer.current() is not None:
+    watcher = observer.current()
+    if watcher is not None:
+        watcher.check(len(parts))
+    if len(parts) == 1 or watcher is not None:
         nodes = nodes[:1]
     teams = plan_teams(len(parts), usable_threads(threads), nodes)
     if threads < min(len(parts), len(nodes)):
