@@ -10,11 +10,14 @@ from jitmoe import settings
 from jitmoe.errors import ConfigError
 from jitmoe.formats import FORMATS, GROUP_SIZES, Packing, ScaleDtype, WeightFormat, packing_of
 from jitmoe.isa import ISAS, IsaChoice
+from jitmoe.topology import usable_nodes
 
 LoraDtype = Literal["float32", "bfloat16"]
 
 Activation = Literal["silu", "silu_clamped", "gpt_oss"]
 """What makes a of gate and up; mirrors ``Activation`` in shape.hpp."""
+
+TensorParallel = int | Literal["auto"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
@@ -53,6 +56,9 @@ class MoEConfig:
         allow_skip: skip a slot whose expert id lies outside [0, E) (expert parallelism) instead of refusing it.
         batch_invariant: a token's results do not depend on which other tokens share the call.
         recompute: save nothing for backward and compute gate and up again there.
+        tensor_parallel: n, parts of I that are computed apart, on the NUMA nodes of the machine where it has several,
+            and added in float32 in a fixed order. Bits depend on n, never on the machine. "auto" becomes the number of
+            nodes that this process may use, here and now.
         memory_budget: bytes that the layer and one call of it may hold at once (see
             :class:`~jitmoe.memory.plan.MemoryPlan`); more is a :class:`~jitmoe.errors.BudgetError` before anything is
             allocated. None is no limit.
@@ -82,6 +88,7 @@ class MoEConfig:
     weight_format: WeightFormat = "bfloat16"
     group_size: int = 32
     scale_dtype: ScaleDtype | None = None
+    tensor_parallel: TensorParallel = 1
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -114,6 +121,26 @@ class MoEConfig:
         for name in ("bias", "use_rslora", "allow_skip", "batch_invariant", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._fix_parts()
+
+    def _fix_parts(self) -> None:
+        """Make a number of "auto", and refuse more parts than I has."""
+        granule = self.packing.granule
+        most = -(-self.intermediate_size // granule)
+        if self.tensor_parallel == "auto":
+            object.__setattr__(self, "tensor_parallel", min(len(usable_nodes()), most))
+        _check_int("tensor_parallel", self.tensor_parallel, 1)
+        if self.parts > most:
+            raise ConfigError(
+                f"tensor_parallel must be at most {most}, got {self.parts}: intermediate_size {self.intermediate_size} "
+                f"is cut at multiples of {granule} columns in weight_format {self.weight_format}"
+            )
+
+    @property
+    def parts(self) -> int:
+        """``tensor_parallel``, which is a number once the config is made."""
+        assert isinstance(self.tensor_parallel, int)
+        return self.tensor_parallel
 
     @property
     def lora_scale(self) -> float:

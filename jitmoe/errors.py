@@ -106,4 +106,4 @@ class ReplicaError(JitmoeError, RuntimeError):
 
 
 class TraceError(JitmoeError, RuntimeError):
-    """The report of a trace cannot be drawn: no call was traced, or matplotlib is missing."""
+    """A layer in parts cannot be traced, or a report cannot be drawn: no call was traced, or matplotlib is missing."""

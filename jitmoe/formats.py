@@ -76,6 +76,15 @@ class Packing:
             return out, _ceil_div(in_, 8)
         return (out, _ceil_div(in_, 32), 16) if self.format.name == "mxfp4" else (out, in_)
 
+    @property
+    def granule(self) -> int:
+        """Columns of I of which parts take multiples: strips of packed weights, and never half of what shares a scale.
+
+        A format whose scales belong to rows keeps strips: parts of down share their scales.
+        """
+        shared = {"square": SQUARE, "group": self.group}.get(self.format.sharing, BLOCK)
+        return max(shared, BLOCK)
+
     def value_bytes(self, out: int, in_: int) -> int:
         """Bytes of the values of one matrix [out, in] as shipped."""
         return math.prod(self.value_shape(out, in_)) * ITEM_BYTES[self.format.value_dtype]

@@ -38,6 +38,8 @@ SETTINGS: dict[str, Setting] = {
     "cxx": Setting("JITMOE_CXX", str, None, "the C++ compiler, before $CXX, g++ and clang++"),
     "system_cxx": Setting("CXX", str, None, "the C++ compiler, after $JITMOE_CXX"),
     "omp_threads": Setting("OMP_NUM_THREADS", str, None, "threads of the OpenMP pool; `jitmoe doctor` shows it"),
+    "omp_proc_bind": Setting("OMP_PROC_BIND", str, None, "binds OpenMP threads to CPUs; jitmoe does so by itself"),
+    "gomp_affinity": Setting("GOMP_CPU_AFFINITY", str, None, "likewise"),
     "trace": Setting("JITMOE_TRACE", int, 0, "1: trace every call until a value is not finite, and log the report"),
     "search_path": Setting("PATH", str, os.defpath, "where compilers are searched"),
 }

@@ -446,8 +446,8 @@ MUTANTS = (
     Mutant(
         "gradient_of_x_as_bfloat16",
         "jitmoe/experts/passes.py",
-        "({} if x_grad is None else _result(x_grad))",
-        '({} if x_grad is None else {"result": x_grad.data_ptr()})',
+        "piece.fields |= _result(x_grad)",
+        'piece.fields |= {"result": x_grad.data_ptr()}',
         ("test_ancestor.py::test_gradient_of_x_taken_for_another_dtype",),
         "The gradient of a float32 x is written as bfloat16.",
     ),
@@ -579,8 +579,8 @@ MUTANTS = (
     Mutant(
         "one_a_gradient_of_two",
         "jitmoe/experts/lora.py",
-        "        total.add_(part)",
-        "        total.add_(part, alpha=0)",
+        "        first.add_(summand)",
+        "        first.add_(summand, alpha=0)",
         ("test_functional.py::test_fused_adapters_are_two_that_share_an_a",),
         "The gradient of an A that gate and up share is that of gate alone.",
     ),
@@ -595,8 +595,8 @@ MUTANTS = (
     Mutant(
         "writes_not_counted",
         "jitmoe/experts/pack.py",
-        "        increment_version(packed)  #",
-        "        pass  #",
+        "            increment_version(tensor)  #",
+        "            pass  #",
         ("test_layer.py::TestState::test_a_base_loaded_between_forward_and_backward_is_an_error",),
         "Packing does not tell torch that it writes, so backward multiplies with weights that forward did not have.",
     ),
@@ -691,8 +691,8 @@ MUTANTS = (
     Mutant(
         "arena_lent_twice",
         "jitmoe/experts/workspace.py",
-        "self._free.pop() if self._free else None",
-        "self._free[-1] if self._free else None",
+        "free.pop() if free else None",
+        "free[-1] if free else None",
         ("test_memory.py::TestArenas::test_two_at_once_get_two",),
         "Two calls at once compute in one arena.",
     ),

@@ -91,7 +91,7 @@ class Fences:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self.empty(shape, dtype).zero_()
 
-    def lease(self, nbytes: int) -> Any:
+    def lease(self, nbytes: int, node: int | None = None) -> Any:
         fence = Fence(nbytes, self.at_end)
         self.made.append(fence)
         return nullcontext(fence.inside().ctypes.data)
@@ -154,7 +154,7 @@ class FencedBuffers:
             end += PAGE
         return ScratchPlan(tuple(placed), end)
 
-    def lease(self, nbytes: int) -> Any:
+    def lease(self, nbytes: int, node: int | None = None) -> Any:
         self.leases.append(mmap.mmap(-1, nbytes))
         arena = np.frombuffer(self.leases[-1], np.uint8)
         arena[:] = 0xFF

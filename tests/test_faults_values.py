@@ -11,7 +11,7 @@ from yardstick import Case, check, make_inputs, results_of_layer
 
 from jitmoe import MoELayer
 from jitmoe.experts import workspace
-from jitmoe.experts.pack import Seal
+from jitmoe.experts.seal import Seal
 from jitmoe.oracle.reference import LoraTensors
 from jitmoe.plan.projections import projections
 

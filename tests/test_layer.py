@@ -210,9 +210,9 @@ class TestState:
 
         import jitmoe.experts.layer as module
 
-        original = module.pack_experts
+        original = module.pack_parts
         state = layer_of(other_inputs(), ISA).state_dict()
-        monkeypatch.setattr(module, "pack_experts", fail_at_second)
+        monkeypatch.setattr(module, "pack_parts", fail_at_second)
         with pytest.raises(MemoryError):
             layer.load_state_dict(state)
         monkeypatch.undo()

@@ -468,7 +468,7 @@ class PoisonedArenas:
         self.leases = 0
 
     @contextmanager
-    def lease(self, nbytes: int) -> Iterator[int]:
+    def lease(self, nbytes: int, node: int | None = None) -> Iterator[int]:
         raw = np.empty(nbytes + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         arena = raw[start : start + nbytes]

@@ -12,7 +12,8 @@ from yardstick import Inputs, make_inputs
 
 from jitmoe import MoELayer, safetensors_source
 from jitmoe.errors import InputError, InputTypeError, WeightsChangedError
-from jitmoe.experts.pack import Seal, empty_packed, pack_experts, unpack_experts
+from jitmoe.experts.pack import empty_packed, pack_experts, unpack_experts
+from jitmoe.experts.seal import Seal
 from jitmoe.jit import kernels
 from jitmoe.plan.shapes import packed_elements
 

@@ -25,7 +25,7 @@ ABOVE = {"__init__": ROOT, "__main__": "cli"}
 MAY_USE = {
     "torch": {"oracle", "experts", "distributed", "hf", "bench", "inspect"},
     "numba": {"host"},
-    "ctypes": {"jit.kernels", "jit.library", "jit.programs"},
+    "ctypes": {"numa", "jit.kernels", "jit.library", "jit.programs"},
     "subprocess": {"jit.toolchain", "bench.revisions"},
     "llvmlite": {"jit.cpu"},
     "filelock": {"files", "jit.cache"},

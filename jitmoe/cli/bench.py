@@ -52,6 +52,7 @@ def bench(
     ] = False,
     lora_dtype: Annotated[LoraDtype, typer.Option(help="of our LoRA parameters")] = "float32",
     isa: Annotated[str, typer.Option(metavar="NAMES", help="comma-separated instruction sets")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(metavar="N", help="parts of I in our layer, on the NUMA nodes")] = 1,
     threads: Annotated[int | None, typer.Option(metavar="N", help="default: all CPUs")] = None,
     peers: Annotated[
         str,
@@ -118,9 +119,8 @@ def bench(
     sizes = (num_experts, hidden_size, intermediate_size, top_k, lora_rank, tokens)
     own = {field: size for field, size in zip(SIZES, sizes, strict=True) if size is not None}
     chosen = _workloads(workloads or [], own, zipf, mode)
-    run = Run(
-        [w.quick() for w in chosen] if quick else chosen, options, threads, quick, sweep, plot, gigabytes, against
-    )
+    chosen = [w.in_parts(tensor_parallel) for w in ([w.quick() for w in chosen] if quick else chosen)]
+    run = Run(chosen, options, threads, quick, sweep, plot, gigabytes, against)
     _check_one_isa(mode, run.workloads, options.isas)
     _check_files(mode, json_file, plot)
     machine.use_threads(threads)

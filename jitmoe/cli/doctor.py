@@ -6,11 +6,12 @@ import platform
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
-from jitmoe import settings
+from jitmoe import numa, settings
 from jitmoe.cli import console
 from jitmoe.config import MoEConfig
 from jitmoe.errors import JitmoeError
@@ -19,6 +20,7 @@ from jitmoe.jit.build import build_instances
 from jitmoe.jit.location import Place
 from jitmoe.jit.render import render
 from jitmoe.plan.shapes import plan_kernels
+from jitmoe.topology import topology
 
 SIZES = MoEConfig(num_experts=4, hidden_size=64, intermediate_size=96, top_k=2)
 """Of the kernel and the layer that are tried."""
@@ -31,7 +33,8 @@ MISSING = "not installed"
 def doctor() -> None:
     """Examine CPU, compiler, cache and packages; exit 1 with advice."""
     problems: list[str] = []
-    about_machine = [*_describe_python(problems), *_describe_cpu(problems), *_describe_cache(problems)]
+    about_machine = [*_describe_python(problems), *_describe_cpu(problems), *_describe_nodes()]
+    about_machine += _describe_cache(problems)
     console.table(about_machine, head=False)
     console.table(_describe_compiler(problems), head=False)
     if not problems:
@@ -66,6 +69,20 @@ def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
         rows.append((f"  {found.isa}", f"{'yes' if found.usable else 'no '}  {found.reason}"))
     threads = settings.get("omp_threads") or "not set"
     return [*rows, ("threads", f"{len(os.sched_getaffinity(0))} usable CPUs, OMP_NUM_THREADS {threads}")]
+
+
+def _describe_nodes() -> list[tuple[str, str]]:
+    """The NUMA nodes, what tensor_parallel="auto" is here, and whether packed weights can be put on each node."""
+    found = topology()
+    count = len(found.nodes)
+    rows = [("numa", f"{count} node{'s' if count > 1 else ''} for this process: tensor_parallel='auto' is {count}")]
+    for node in found.nodes:
+        refused = numa.trial(node.number)
+        memory = f"cannot be bound ({refused}): first touch decides where weights lie" if refused else "can be bound"
+        rows.append((f"  node {node.number}", f"{len(node.cpus)} usable cores, memory {memory}"))
+    binders = [name for name in ("omp_proc_bind", "gomp_affinity") if settings.get(name)]
+    rows += [("  threads", f"{settings.SETTINGS[name].variable} binds them, against their nodes") for name in binders]
+    return rows + [("  left out", reason) for reason in found.left_out]
 
 
 def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
@@ -107,14 +124,16 @@ def _describe_layer(problems: list[str]) -> list[tuple[str, str]]:
     from jitmoe.inspect.replay import compare
 
     try:
-        inputs = make_call(SIZES, TOKENS)
-        faults = compare(make_layer(SIZES, inputs), inputs, coarse=True).faults
+        config = replace(SIZES, tensor_parallel="auto")
+        inputs = make_call(config, TOKENS)
+        faults = compare(make_layer(config, inputs), inputs, coarse=True).faults
     except (JitmoeError, OSError, RuntimeError) as error:
         problems.append(f"a layer cannot compute: {error}")
         return [("layer", "not usable")]
     if faults:
         problems.append(f"a layer computes wrongly ({', '.join(faults)}): see `jitmoe check`, and please report this")
-    return [("layer", "wrong results" if faults else "computed forward and backward, within the error rule")]
+    parts = f" in {config.parts} parts" if config.parts > 1 else ""
+    return [("layer", "wrong results" if faults else f"computed forward and backward{parts}, within the error rule")]
 
 
 def _version(package: str) -> str:

@@ -39,6 +39,7 @@ class ConfigOptions:
     lora_dtype: Annotated[LoraDtype | None, _option("dtype of the LoRA parameters", None)] = None
     weight_format: Annotated[WeightFormat | None, _option("how the base weights are shipped and kept", None)] = None
     group_size: Annotated[int | None, _option("inputs that share a scale in int4_group")] = None
+    tensor_parallel: Annotated[int | None, _option("parts of I, computed on the NUMA nodes and added")] = None
     isa: Annotated[IsaChoice | None, _option("instruction set; auto: the best usable one", None)] = None
 
     @property

@@ -1,4 +1,4 @@
-"""One call of the experts: plans its scratch, fills the record of the kernels, and runs them."""
+"""One call of a part of the experts: plans its scratch, fills the record of the kernels, and runs them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from jitmoe.process import usable_threads
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call, routed; the one record of it.
+    """One call of a part, routed; the one record of it.
 
     Attributes:
         shape: the kernel instance.
@@ -52,24 +52,27 @@ class Call:
         return self.route.row_token.size
 
 
-def new_call(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor], scale: float) -> Call:
-    """Route ``topk_ids`` [T, K] and choose a kernel of ``isa``.
+def new_calls(config: MoEConfig, isa: str, topk_ids: Tensor, lora: Sequence[Tensor], scale: float) -> tuple[Call, ...]:
+    """Route ``topk_ids`` [T, K] once and choose a kernel of ``isa`` for each part: one call a part.
 
     Raises:
         InputError: an expert id outside [0, E), without ``config.allow_skip``.
     """
     lora_dtype = str(lora[0].dtype).removeprefix("torch.") if lora else None
     routed = route(topk_ids.contiguous().numpy(), config.num_experts, config.allow_skip)
-    return Call(
-        shape=plan_kernels(config, isa, lora_dtype).select(routed.row_token.size, routed.active.size),
-        route=routed,
-        tokens=topk_ids.shape[0],
-        top_k=config.top_k,
-        num_experts=config.num_experts,
-        rank=config.lora_rank,
-        scale=scale,
-        alpha=config.activation_alpha,
-        limit=config.activation_limit,
+    return tuple(
+        Call(
+            shape=kernel_plan.select(routed.row_token.size, routed.active.size),
+            route=routed,
+            tokens=topk_ids.shape[0],
+            top_k=config.top_k,
+            num_experts=config.num_experts,
+            rank=config.lora_rank,
+            scale=scale,
+            alpha=config.activation_alpha,
+            limit=config.activation_limit,
+        )
+        for kernel_plan in plan_kernels(config, isa, lora_dtype).by_part
     )
 
 
@@ -81,7 +84,12 @@ def row_weights(call: Call, weights: Tensor) -> npt.NDArray[np.float32]:
 
 
 def run(
-    pass_name: PassName, call: Call, row_weight: npt.NDArray[np.float32], tensors: Mapping[str, int], threads: int
+    pass_name: PassName,
+    call: Call,
+    row_weight: npt.NDArray[np.float32],
+    tensors: Mapping[str, int],
+    threads: int,
+    node: int | None = None,
 ) -> None:
     """Run one pass on the kernels.
 
@@ -94,6 +102,7 @@ def run(
             saves, or has saved. The gradient of the routing weights is zero before backward; those of LoRA are left
             alone for experts without rows.
         threads: to use; results do not depend on it.
+        node: NUMA node that they stay on, if they do.
 
     Raises:
         KernelError: a name that the kernels do not know.
@@ -118,7 +127,7 @@ def run(
     else:
         plan = supplies().plan_forward(shape, extents)
     kernels = supplies().load(shape)
-    with supplies().arenas.lease(plan.nbytes) as arena:
+    with supplies().arenas.lease(plan.nbytes, node) as arena:
         record = abi.record({**plan.fields(arena), **_routing(call, groups, row_weight, threads), **tensors})
         launch = Launch(pass_name, shape, kernels, record, plan, arena, call.route, row_weight, call.top_k)
         with nullcontext() if watcher is None else watcher.around(launch):

@@ -10,14 +10,18 @@ from torch import Tensor
 from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import ops
+from jitmoe.experts.homes import check_homes, prefer_home
 from jitmoe.experts.inputs import FLOATS, check_bias, check_dense, check_plain
 from jitmoe.experts.lora import FUSED_NAMES, names_of
-from jitmoe.experts.pack import PackedExperts, Seal, empty_packed, pack_experts
+from jitmoe.experts.pack import PackedExperts, empty_packed, pack_parts
 from jitmoe.experts.passes import spec_of
 from jitmoe.experts.quantized import ExpertSource
+from jitmoe.experts.seal import Seal
+from jitmoe.experts.slices import extent_of
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import resolve_isa
 from jitmoe.memory.budget import check_call, check_layer
+from jitmoe.plan.parts import parts_of
 from jitmoe.plan.projections import Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
@@ -30,7 +34,8 @@ class Base:
         config: sizes and options; its LoRA fields do not count, adapters say their own.
         isa: instruction set of the kernels.
         spec: both as text, for the operators.
-        packed: int16 [E, packed items] of gate, up and down under these names.
+        packed: int16 [E, packed items] of gate, up and down under these names; with ``config.tensor_parallel`` above 1
+            of each part, under gate_0, up_0, down_0, gate_1 and so on.
         biases: float32 gate_bias, up_bias [E, I] and down_bias [E, H]; none without ``config.bias``.
         seal: notices writes to ``packed``.
     """
@@ -146,25 +151,31 @@ def pack_base(
     isa = resolve_isa(config.requested_isa)
     check_layer(config)
     any_kernels = kernels.load(plan_kernels(config, isa).shapes[-1])  # packing is the same in all of them
-    packed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
-    seal = Seal()
+    parts = parts_of(config)
     sources = (gate_proj, up_proj, down_proj)
     given = (gate_bias, up_bias, down_bias)
     for projection, source, bias in zip(_projections(config), sources, given, strict=True):
         if isinstance(source, PackedExperts):
-            tensor = source.tensor
+            tensors = source.tensors
         else:
-            extent = (projection.out, projection.in_)
-            tensor = empty_packed(config.num_experts, *extent, config.packing)
-            pack_experts(any_kernels, projection.base_name, source, tensor, *extent, config.packing)
-        packed[projection.name] = tensor
-        seal.close(projection.name, tensor)
+            extents = [extent_of(projection, part) for part in parts]
+            tensors = [empty_packed(config.num_experts, *extent, config.packing) for extent in extents]
+            for part, tensor in zip(parts, tensors, strict=True):
+                prefer_home(tensor, part, len(parts))
+            pack_parts(any_kernels, projection.base_name, source, tensors, projection, parts, config.packing)
+        found |= {f"{projection.name}{part.suffix}": tensor for part, tensor in zip(parts, tensors, strict=True)}
         if config.bias:
             wanted = (config.num_experts, projection.out)
             biases[projection.bias_name] = check_bias(projection.bias_name, bias, wanted)
         elif bias is not None:
             raise InputError(f"{projection.bias_name} is given, and the config has no biases: set bias=True in it")
+    packed = {name: found[name] for part in parts for name in part.names()}
+    check_homes(config, packed)
+    seal = Seal()
+    for name, tensor in packed.items():
+        seal.close(name, tensor)
     return Base(config, isa, spec_of(config, isa), packed, biases, seal)
 
 

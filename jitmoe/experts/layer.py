@@ -14,13 +14,14 @@ from jitmoe.config import MoEConfig
 from jitmoe.errors import InputError, InputTypeError
 from jitmoe.experts import observer
 from jitmoe.experts.functional import Adapters, Base, moe_experts, pack_base
-from jitmoe.experts.pack import PackedExperts, decode_experts, open_packed, pack_experts, unpack_experts
+from jitmoe.experts.pack import PackedExperts, decode_parts, open_packed, pack_parts, unpack_parts
 from jitmoe.experts.packed_file import write_packed
 from jitmoe.experts.passes import spec_of
 from jitmoe.experts.quantized import ExpertSource, Quantized, check_base, flat, with_scales
 from jitmoe.jit import kernels
 from jitmoe.jit.capability import describe
-from jitmoe.plan.projections import LORA_NAMES, NAMES, Projection, lora_shapes, projections
+from jitmoe.plan.parts import parts_of
+from jitmoe.plan.projections import LORA_NAMES, Projection, lora_shapes, projections
 from jitmoe.plan.shapes import plan_kernels
 
 STATE_PREFIX = "base_"
@@ -90,7 +91,7 @@ class MoELayer(nn.Module):
             config, gate_proj, up_proj, down_proj, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias
         )
         self.config, self.isa, self.lora_enabled = config, base.isa, True
-        self._seal, self._spec = base.seal, base.spec
+        self._seal, self._spec, self._packed_names = base.seal, base.spec, tuple(base.packed)
         for name, packed in base.packed.items():
             # No buffers: they never change, and DDP would broadcast them, AveragedModel write to them, .to() move them.
             setattr(self, f"packed_{name}", packed)
@@ -189,18 +190,17 @@ class MoELayer(nn.Module):
 
         With ``experts`` of these alone, in this order. What came as ``Quantized`` goes as ``Quantized``.
         """
-        packing, any_kernels = self.config.packing, self._any_kernels()
+        packing, any_kernels, parts = self.config.packing, self._any_kernels(), parts_of(self.config)
         return {
-            p.base_name: unpack_experts(any_kernels, packed, p.out, p.in_, experts, packing)
-            for p, packed in zip(self._projections, self._packed().values(), strict=True)
+            p.base_name: unpack_parts(any_kernels, self._packed_parts(p), p, parts, experts, packing)
+            for p in self._projections
         }
 
     def decode(self, experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """The bfloat16 base weights that the layer computes with, under the names of :meth:`unpack`."""
-        any_kernels = self._any_kernels()
+        any_kernels, parts = self._any_kernels(), parts_of(self.config)
         return {
-            p.base_name: decode_experts(any_kernels, packed, p.out, p.in_, experts)
-            for p, packed in zip(self._projections, self._packed().values(), strict=True)
+            p.base_name: decode_parts(any_kernels, self._packed_parts(p), p, parts, experts) for p in self._projections
         }
 
     def biases(self) -> dict[str, torch.Tensor]:
@@ -212,9 +212,10 @@ class MoELayer(nn.Module):
         """Sizes and instruction set, shown by ``print(model)``."""
         c = self.config
         weights = f", weight_format={c.weight_format}" if c.packing.quantized else ""
+        parts = f", tensor_parallel={c.parts}" if c.parts > 1 else ""
         return (
             f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
-            f"top_k={c.top_k}, lora_rank={c.lora_rank}{weights}, isa={describe(self.isa)}"
+            f"top_k={c.top_k}, lora_rank={c.lora_rank}{weights}{parts}, isa={describe(self.isa)}"
         )
 
     def _base(self) -> Base:
@@ -233,7 +234,10 @@ class MoELayer(nn.Module):
         return Adapters(gate_a, gate_b, up_a, up_b, down_a, down_b, self.config.lora_scale)
 
     def _packed(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, f"packed_{name}") for name in NAMES}
+        return {name: getattr(self, f"packed_{name}") for name in self._packed_names}
+
+    def _packed_parts(self, projection: Projection) -> list[torch.Tensor]:
+        return [getattr(self, f"packed_{projection.name}{part.suffix}") for part in parts_of(self.config)]
 
     def _any_kernels(self) -> kernels.Kernels:
         """Some instance: packing is the same in all those of this config."""
@@ -271,8 +275,11 @@ class MoELayer(nn.Module):
         except (InputError, InputTypeError) as error:
             error_msgs.append(str(error))
             return
-        self._seal.open(p.name for p in present.values())
+        parts = parts_of(self.config)
+        names = {key: [f"{p.name}{part.suffix}" for part in parts] for key, p in present.items()}
+        self._seal.open(name for mine in names.values() for name in mine)
         for key, p in present.items():
-            packed = self._packed()[p.name]
-            pack_experts(self._any_kernels(), key, sources[key], packed, p.out, p.in_, packing)
-            self._seal.close(p.name, packed)
+            packed = self._packed_parts(p)
+            pack_parts(self._any_kernels(), key, sources[key], packed, p, parts, packing)
+            for name, tensor in zip(names[key], packed, strict=True):
+                self._seal.close(name, tensor)

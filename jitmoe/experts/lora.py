@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from jitmoe.experts.call import Call
+from jitmoe.experts.slices import lora_of
 from jitmoe.experts.supplies import empty, supplies
+from jitmoe.plan.parts import Part
 from jitmoe.plan.projections import LORA_NAMES
 
 FUSED = 4
@@ -47,29 +49,47 @@ class Gradients:
 
     Attributes:
         lora: the tensors that they belong to.
-        parts: for each of these one or two tensors of its shape, whose sum is its gradient.
+        summands: for each of these lists of tensors of its shape. The gradient is the sum of their sums, each taken
+            in its order: of an A that gate and up share there are two lists, else there is one.
     """
 
     lora: Sequence[Tensor]
-    parts: list[list[Tensor]]
+    summands: list[list[list[Tensor]]]
 
     @classmethod
-    def of(cls, call: Call, lora: Sequence[Tensor]) -> "Gradients":
-        """Memory for the kernel, which writes gradients of experts with rows: zero for the others."""
-        # Gate and up write to different memory where they share an A, or two threads would add to one element.
-        counts = [2 if len(lora) == FUSED and place == 0 else 1 for place in range(len(lora))]
-        return cls(lora, [[_memory(call, lora, place) for _ in range(n)] for place, n in enumerate(counts)])
+    def of(cls, call: Call, lora: Sequence[Tensor], parts: int) -> "Gradients":
+        """Memory for the kernels of so many parts, which write gradients of experts with rows: zero for the others."""
+        # What has no axis I is written by every part, and a shared A by gate and by up: each has memory of its own, or
+        # two threads would add to one element.
+        fused = len(lora) == FUSED
+        counts = [[parts] * 2, [1], [1], [parts]] if fused else [[parts], [1], [parts], [1], [1], [parts]]
+        found = [[[_memory(call, lora, at) for _ in range(n)] for n in counts[at]] for at in range(len(lora))]
+        return cls(lora, found)
 
-    def written(self) -> Sequence[Tensor]:
-        """The six that the kernel writes."""
-        if len(self.parts) == FUSED:
-            (gate_a, up_a), (b,), (down_a,), (down_b,) = self.parts
-            return [gate_a, b[:, 0], up_a, b[:, 1], down_a, down_b]
-        return [parts[0] for parts in self.parts]
+    def written(self, part: Part) -> Sequence[Tensor]:
+        """The six that the kernel of a part writes."""
+        if not self.summands:
+            return []
+        mine = [[tensors[part.index % len(tensors)] for tensors in lists] for lists in self.summands]
+        if len(mine) == FUSED:
+            (gate_a, up_a), (b,), (down_a,), (down_b,) = mine
+            return lora_of([gate_a, b[:, 0], up_a, b[:, 1], down_a, down_b], part)
+        return lora_of([tensor for (tensor,) in mine], part)
 
     def results(self) -> list[Tensor]:
         """The gradients in the layout and dtype of their owners, rounded once."""
-        return [_result(parts, owner) for parts, owner in zip(self.parts, self.lora, strict=True)]
+        return [
+            _result(total([total(tensors) for tensors in lists]), owner)
+            for lists, owner in zip(self.summands, self.lora, strict=True)
+        ]
+
+
+def total(summands: Iterable[Tensor]) -> Tensor:
+    """Their sum in this order, in the memory of the first."""
+    first, *others = summands
+    for summand in others:
+        first.add_(summand)
+    return first
 
 
 def _six(lora: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -131,13 +151,12 @@ def _in_layout_of(tensor: Tensor, memory: Tensor) -> Tensor:
     return memory.as_strided(like.shape, like.stride()).detach()
 
 
-def _result(parts: Iterable[Tensor], owner: Tensor) -> Tensor:
-    total, *rest = parts
-    for part in rest:
-        total.add_(part)
-    if _expert_innermost(owner) and total.stride() != owner.stride():
+def _result(gradient: Tensor, owner: Tensor) -> Tensor:
+    if _expert_innermost(owner) and gradient.stride() != owner.stride():
         order = _order(owner)
         flat = empty((owner.numel() // owner.shape[0], owner.shape[0]), torch.float32)
-        flat.copy_(total.permute(0, *order[:-1]).reshape(owner.shape[0], -1).t())
-        total = flat.view([owner.shape[axis] for axis in order]).permute([order.index(a) for a in range(owner.dim())])
-    return total.detach().to(owner.dtype)  # torch refuses writes in place to views that a Function returned
+        flat.copy_(gradient.permute(0, *order[:-1]).reshape(owner.shape[0], -1).t())
+        gradient = flat.view([owner.shape[axis] for axis in order]).permute(
+            [order.index(a) for a in range(owner.dim())]
+        )
+    return gradient.detach().to(owner.dtype)  # torch refuses writes in place to views that a Function returned

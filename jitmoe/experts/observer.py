@@ -63,6 +63,9 @@ class Observer:
     watch: "Watch" = "nothing"
     threads: int | None = None
 
+    def check(self, parts: int) -> None:
+        """Refuse, before a pass begins, a layer in so many parts. Parts come one after the other, a pass each."""
+
     def planning(self) -> None:
         """A pass begins: nothing is planned yet."""
 

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from jitmoe.errors import InputError, InputTypeError, TransformError, WeightsChangedError
 from jitmoe.experts import passes
 from jitmoe.experts.lora import names_of, rank_of
-from jitmoe.experts.pack import version_of
 from jitmoe.experts.passes import saved_of
+from jitmoe.experts.seal import version_of
 from jitmoe.experts.workspace import memory_errors
 
 experts = torch.library.custom_op("jitmoe::experts", mutates_args=())(passes.forward)

@@ -1,35 +1,55 @@
 """The one copy of the frozen weights: packed once, owned by the layer, given back bit for bit."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import increment_version
 
 from jitmoe.config import MoEConfig, read_fields
-from jitmoe.errors import CheckpointError, InputError, WeightsChangedError
-from jitmoe.experts.inputs import check_plain, in_memory
+from jitmoe.errors import CheckpointError, InputError
+from jitmoe.experts.inputs import in_memory
 from jitmoe.experts.packed_file import map_packed
 from jitmoe.experts.quantized import SCALE_DTYPES, ExpertSource, Quantized, check_base
+from jitmoe.experts.slices import extent_of, join, piece
+from jitmoe.experts.teams import by_part
 from jitmoe.experts.workspace import allocate, memory_errors
 from jitmoe.formats import BFLOAT16, Packing
 from jitmoe.jit.kernels import Kernels
+from jitmoe.plan.parts import Part, parts_of
+from jitmoe.plan.projections import NAMES, Projection
+from jitmoe.plan.teams import Team
 from jitmoe.process import usable_threads
 
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """Experts that are packed already, int16 [E, packed items]; a layer takes them as they are."""
+    """Experts that are packed already, int16 [E, packed items]; a layer takes them as they are.
+
+    Attributes:
+        tensor: of the first part of ``tensor_parallel``.
+        others: of the other parts.
+    """
 
     tensor: torch.Tensor
+    others: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Of all parts."""
+        return [self.tensor, *self.others]
 
 
 def open_packed(path: Path, config: MoEConfig, verify: bool) -> dict[str, PackedExperts]:
     """The experts in a file of packed weights under gate, up and down; see :func:`map_packed`."""
     matrices = map_packed(path, config, verify)
     with torch.inference_mode(False):  # as in empty_packed
-        return {name: PackedExperts(torch.from_numpy(matrix)) for name, matrix in matrices.items()}
+        tensors = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
+    suffixes = [part.suffix for part in parts_of(config)]
+    by_name = {name: [tensors[f"{name}{suffix}"] for suffix in suffixes] for name in NAMES}
+    return {name: PackedExperts(first, tuple(others)) for name, (first, *others) in by_name.items()}
 
 
 def empty_packed(experts: int, out: int, in_: int, packing: Packing = BFLOAT16) -> torch.Tensor:
@@ -63,23 +83,72 @@ def pack_experts(
         InputError: wrong number, shape or device. Nothing is packed from a stacked tensor or sequence then.
         InputTypeError: not of the packing's format.
     """
-    experts = packed.shape[0]
+    threads = usable_threads(torch.get_num_threads())
+    for expert, matrix in _matrices(name, source, [packed], out, in_, packing):
+        _pack_one(kernels, f"{name}[{expert}]", matrix, packed[expert], out, in_, threads)
+
+
+def pack_parts(
+    kernels: Kernels,
+    name: str,
+    source: ExpertSource,
+    packed: Sequence[torch.Tensor],
+    projection: Projection,
+    parts: Sequence[Part],
+    packing: Packing,
+) -> None:
+    """Fill ``packed``, one tensor a part of the projection; the other arguments and errors as of :func:`pack_experts`.
+
+    The first thread to write to a page decides on which NUMA node it lies: each part is written by those that read it.
+    """
+    threads = usable_threads(torch.get_num_threads())
+    for expert, matrix in _matrices(name, source, packed, projection.out, projection.in_, packing):
+        targets = [tensor[expert] for tensor in packed]
+        by_part(
+            parts, threads, partial(_pack_piece, kernels, f"{name}[{expert}]", matrix, targets, projection, packing)
+        )
+
+
+def _pack_piece(
+    kernels: Kernels,
+    name: str,
+    matrix: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    projection: Projection,
+    packing: Packing,
+    part: Part,
+    team: Team,
+) -> None:
+    pieces = matrix if part.is_whole else piece(matrix, packing, projection.cut_axis, part)
+    _pack_one(kernels, name, pieces, targets[part.index], *extent_of(projection, part), team.threads)
+
+
+def _matrices(
+    name: str, source: ExpertSource, packed: Sequence[torch.Tensor], out: int, in_: int, packing: Packing
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Each expert with its values and scales, found right, for tensors that are about to be written."""
+    experts = packed[0].shape[0]
     if isinstance(source, (torch.Tensor, Quantized)):
         check_base(name, source, (experts,), out, in_, packing)
     elif not callable(source) and len(source) != experts:
         raise InputError(f"{name} has {len(source)} matrices, expected one for each of {experts} experts")
-    if not packed.is_inference():
-        increment_version(packed)  # the kernel writes behind torch's back; before, as a source may fail halfway
+    for tensor in packed:
+        if not tensor.is_inference():
+            increment_version(tensor)  # the kernel writes behind torch's back; before, as a source may fail halfway
     for expert in range(experts):
         matrix = source(expert) if callable(source) else source[expert]
         checked = check_base(f"{name}[{expert}]", matrix, (), out, in_, packing)
-        with memory_errors():
-            values, *scales = (
-                in_memory((f"{name}[{expert}]",), (tensor,))[0].contiguous() for tensor in checked if tensor is not None
-            )
-        threads = usable_threads(torch.get_num_threads())
-        scales_at = scales[0].data_ptr() if scales else None
-        kernels.pack(values.data_ptr(), packed[expert].data_ptr(), 1, out, in_, threads, scales_at)
+        yield expert, [tensor for tensor in checked if tensor is not None]
+
+
+def _pack_one(
+    kernels: Kernels, name: str, matrix: Sequence[torch.Tensor], target: torch.Tensor, out: int, in_: int, threads: int
+) -> None:
+    """Pack one matrix [out, in], given by its values and scales."""
+    with memory_errors():
+        values, *scales = (in_memory((name,), (tensor,))[0].contiguous() for tensor in matrix)
+    scales_at = scales[0].data_ptr() if scales else None
+    kernels.pack(values.data_ptr(), target.data_ptr(), 1, out, in_, threads, scales_at)
 
 
 def unpack_experts(
@@ -119,64 +188,31 @@ def decode_experts(
     return result
 
 
-def version_of(packed: torch.Tensor) -> int:
-    """How often torch has seen ``packed`` written to; an inference tensor, as in a copy made there, counts nothing."""
-    return 0 if packed.is_inference() else packed._version
+def unpack_parts(
+    kernels: Kernels,
+    packed: Sequence[torch.Tensor],
+    projection: Projection,
+    parts: Sequence[Part],
+    experts: Sequence[int] | None,
+    packing: Packing,
+) -> torch.Tensor | Quantized:
+    """What was packed in parts, bit for bit, as :func:`unpack_experts`."""
+    extents = [extent_of(projection, part) for part in parts]
+    found = [unpack_experts(kernels, p, *e, experts, packing) for p, e in zip(packed, extents, strict=True)]
+    return join(found, packing, projection.cut_axis)
 
 
-class Seal:
-    """Notices writes to packed weights through torch's version counter of each tensor."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        self._open: set[str] = set()
-
-    def open(self, names: Iterable[str]) -> None:
-        """The contents of these are about to be replaced: nothing may be computed before all are closed again."""
-        self._open.update(names)
-
-    def close(self, name: str, packed: torch.Tensor) -> None:
-        """Take the present contents of ``packed`` as the right ones."""
-        self._seen[name] = (packed.data_ptr(), version_of(packed))
-        self._forms[name] = (packed.shape, packed.dtype)
-        self._open.discard(name)
-
-    def check_form(self, name: str, packed: torch.Tensor) -> None:
-        """Refuse a tensor that was put in the place of the packed one and has another form.
-
-        Raises:
-            WeightsChangedError: the shape, dtype or strides are not those of the sealed tensor.
-            InputTypeError: as of :func:`~jitmoe.experts.inputs.check_plain`.
-            InputError: likewise.
-        """
-        check_plain(f"packed {name}", packed)
-        shape, dtype = self._forms.get(name, (packed.shape, packed.dtype))
-        same = packed.shape == shape and packed.dtype == dtype and packed.device.type == "cpu"
-        if not (same and packed.is_contiguous()):
-            raise WeightsChangedError(
-                f"the packed {name} weights were replaced by a tensor {list(packed.shape)} of {packed.dtype} on "
-                f"{packed.device} with strides {list(packed.stride())}, expected contiguous {list(shape)} of {dtype} "
-                "on the CPU; load new ones with load_state_dict()"
-            )
-
-    def check(self, name: str, packed: torch.Tensor) -> None:
-        """Raise :class:`WeightsChangedError` if ``packed`` was written to; a copy elsewhere is sealed anew.
-
-        Torch counts the writes: those through ``.data``, NumPy or another process's mapping are not seen.
-        """
-        if self._open:
-            raise WeightsChangedError(
-                f"loading the base weights was interrupted ({', '.join(sorted(self._open))} are not loaded): load them "
-                "again with load_state_dict()"
-            )
-        address, version = self._seen.get(name, (0, 0))
-        if address != packed.data_ptr():
-            self.close(name, packed)
-        elif version != version_of(packed):
-            raise WeightsChangedError(
-                f"the packed {name} weights were written to; they are frozen. Load new ones with load_state_dict()"
-            )
+def decode_parts(
+    kernels: Kernels,
+    packed: Sequence[torch.Tensor],
+    projection: Projection,
+    parts: Sequence[Part],
+    experts: Sequence[int] | None,
+) -> torch.Tensor:
+    """The bfloat16 weights of all parts, as :func:`decode_experts`."""
+    extents = [extent_of(projection, part) for part in parts]
+    found = [decode_experts(kernels, p, *e, experts) for p, e in zip(packed, extents, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, projection.cut_axis + 1)
 
 
 def safetensors_source(path: str | Path, name: str) -> Callable[[int], torch.Tensor]:

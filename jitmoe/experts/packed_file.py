@@ -2,7 +2,9 @@
 
 0 B    magic (8 B), SHA-256 of what follows (32 B), the header as JSON, zeros up to 4 KB
 2 MB   gate_proj, packed: 2-byte items [E, packed items], scales among them
-...    up_proj, then down_proj, each from the next multiple of 2 MB on
+...    up_proj, then down_proj, each from the next multiple of 2 MB on; with ``tensor_parallel`` the next part's
+
+The header of a file with several parts says how many; their order is that of the columns.
 """
 
 import hashlib
@@ -20,13 +22,16 @@ import numpy.typing as npt
 
 from jitmoe.config import MoEConfig
 from jitmoe.errors import PackedFileError
+from jitmoe.experts.teams import by_part
 from jitmoe.experts.workspace import PAGE
 from jitmoe.files import replacing
+from jitmoe.plan.parts import Part, parts_of
 from jitmoe.plan.projections import projections
 from jitmoe.plan.shapes import PACKED_LAYOUT, round_up
+from jitmoe.plan.teams import Team
 
 Matrices = dict[str, npt.NDArray[np.int16]]
-"""The packed gate, up and down weights under these names, [E, packed items]."""
+"""The packed gate, up and down weights under these names, [E, packed items]; of parts under gate_0 and so on."""
 
 MAGIC = b"jitmoe\0W"
 HEADER_BYTES = 4096
@@ -84,7 +89,7 @@ def map_packed(path: Path, config: MoEConfig, verify: bool) -> Matrices:
         try:
             digests = _check_header(path, descriptor, config, places)
             if verify:
-                _check_digests(path, descriptor, places, digests)
+                _check_digests(path, descriptor, config, places, digests)
         except PackedFileError:
             raise
         except OSError as error:
@@ -110,10 +115,12 @@ def _places(config: MoEConfig) -> dict[str, tuple[int, int]]:
     """Offset and bytes of each matrix. Multiples of a huge page: file systems that have huge pages can map them."""
     places = {}
     end = HEADER_BYTES
-    for projection in projections(config.hidden_size, config.intermediate_size):
-        nbytes = config.num_experts * projection.packed_items(config) * 2
-        places[projection.name] = (round_up(end, PAGE), nbytes)
-        end = sum(places[projection.name])
+    for part in parts_of(config):
+        for projection in projections(config.hidden_size, part.end - part.first):
+            nbytes = config.num_experts * projection.packed_items(config) * 2
+            name = f"{projection.name}{part.suffix}"
+            places[name] = (round_up(end, PAGE), nbytes)
+            end = sum(places[name])
     return places
 
 
@@ -126,6 +133,8 @@ def _header(config: MoEConfig, places: Mapping[str, tuple[int, int]], digests: M
         name: {"offset": offset, "nbytes": nbytes, "sha256": digests[name]} for name, (offset, nbytes) in places.items()
     }
     sizes = {name: getattr(config, name) for name in SIZES}
+    if config.parts > 1:
+        sizes["tensor_parallel"] = config.parts
     packing = _packing(config) if config.packing.quantized else {}
     text = json.dumps({"layout": PACKED_LAYOUT, **sizes, **packing, "matrices": matrices}).encode()
     body = text.ljust(HEADER_BYTES - len(MAGIC) - DIGEST_BYTES, b"\0")
@@ -152,6 +161,12 @@ def _check_header(
     ]
     if other:
         raise PackedFileError(f"{path} holds a layer of other sizes: its {'; its '.join(other)}")
+    parts = header.get("tensor_parallel", 1)
+    if parts != config.parts:
+        raise PackedFileError(
+            f"{path} holds weights for tensor_parallel={parts}, the config says {config.parts}: take {parts}, or write "
+            "another file with layer.save_packed() of a layer that has the count of the config"
+        )
     found = {name: header.get(name, usual) for name, usual in BFLOAT16_SAYS.items()}
     if found != _packing(config):
         raise PackedFileError(
@@ -202,19 +217,34 @@ def _read_header(path: Path, block: bytes) -> dict[str, Any]:
 
 
 def _check_digests(
-    path: Path, descriptor: int, places: Mapping[str, tuple[int, int]], digests: Mapping[str, str]
+    path: Path,
+    descriptor: int,
+    config: MoEConfig,
+    places: Mapping[str, tuple[int, int]],
+    digests: Mapping[str, str],
 ) -> None:
-    """Read everything once, the matrices side by side; through the page cache, where the mapping will find it."""
+    """Read everything once, the matrices side by side; through the page cache, where the mapping will find it.
 
-    def digest(name: str) -> str:
+    Pages come from the NUMA node of the thread that reads them first, so each part is read on its own.
+    """
+    found: dict[str, str] = {}
+
+    def digest(name: str) -> None:
         offset, nbytes = places[name]
         content = hashlib.sha256()
         for start in range(0, nbytes, CHUNK):
             content.update(os.pread(descriptor, min(CHUNK, nbytes - start), offset + start))
-        return content.hexdigest()
+        found[name] = content.hexdigest()
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        found = dict(zip(places, pool.map(digest, places), strict=True))
+    def digest_part(part: Part, _: Team) -> None:
+        for name in part.names():
+            digest(name)
+
+    if config.parts == 1:
+        with ThreadPoolExecutor(len(places)) as pool:
+            list(pool.map(digest, places))
+    else:
+        by_part(parts_of(config), config.parts, digest_part)
     damaged = [name for name in places if found[name] != digests[name]]
     if damaged:
         raise PackedFileError(

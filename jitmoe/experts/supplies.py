@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from jitmoe import numa
 from jitmoe.experts.workspace import PAGE, Arenas, Blocks, arenas, blocks
 from jitmoe.host import tokens
 from jitmoe.jit.kernels import Kernels, load
@@ -14,6 +15,7 @@ from jitmoe.plan.groups import GROUP_BYTES, Extents
 from jitmoe.plan.placement import ScratchPlan
 from jitmoe.plan.scratch import plan_backward, plan_forward
 from jitmoe.plan.shapes import Shape
+from jitmoe.topology import Node, usable_nodes
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -40,6 +42,9 @@ class Supplies:
         group_bytes: panels of one group.
         gather_rows: address of the callback that gathers rows.
         sum_rows: address of the callback that adds rows to tokens.
+        nodes: NUMA nodes that parts may be computed on.
+        prefer: lets memory come from a node, see :func:`jitmoe.numa.prefer`.
+        nodes_of: where memory lies, see :func:`jitmoe.numa.nodes_of`.
     """
 
     arenas: Arenas = arenas
@@ -53,6 +58,9 @@ class Supplies:
     group_bytes: int = GROUP_BYTES
     gather_rows: Callable[[], int] = tokens.gather_rows_address
     sum_rows: Callable[[], int] = tokens.sum_rows_address
+    nodes: Callable[[], tuple[Node, ...]] = usable_nodes
+    prefer: Callable[[int, int, int], str | None] = numa.prefer
+    nodes_of: Callable[[int, int], dict[int, int] | str] = numa.nodes_of
 
 
 class _Present:

@@ -49,18 +49,22 @@ class Arenas:
     """Arenas that no call is using; a call takes one for its duration.
 
     One thread calling one layer after the other always gets the same arena back, so a process holds
-    as many arenas as calls have ever been under way at once.
+    as many arenas as calls have ever been under way at once. Threads of a NUMA node get those that they wrote first.
     """
 
     def __init__(self) -> None:
-        self._free: list[npt.NDArray[np.uint8]] = []
+        self._free: dict[int | None, list[npt.NDArray[np.uint8]]] = {}
         self._lock = Lock()
 
     @contextmanager
-    def lease(self, nbytes: int) -> Iterator[int]:
-        """Address of at least ``nbytes`` bytes that nobody else uses until the block ends."""
+    def lease(self, nbytes: int, node: int | None = None) -> Iterator[int]:
+        """Address of at least ``nbytes`` bytes that nobody else uses until the block ends.
+
+        ``node`` is that of the threads that use it; None where they run anywhere.
+        """
         with self._lock:
-            arena = self._free.pop() if self._free else None
+            free = self._free.setdefault(node, [])
+            arena = free.pop() if free else None
         if arena is None or arena.nbytes < nbytes:
             del arena  # before the larger one is taken, so that both are never held
             arena = allocate(nbytes)
@@ -68,12 +72,12 @@ class Arenas:
             yield arena.ctypes.data
         finally:
             with self._lock:
-                self._free.append(arena)
+                self._free.setdefault(node, []).append(arena)
 
     def held_bytes(self) -> int:
         """Bytes of the arenas that are free now."""
         with self._lock:
-            return sum(arena.nbytes for arena in self._free)
+            return sum(arena.nbytes for free in self._free.values() for arena in free)
 
     def release(self) -> None:
         """Give all free arenas back to the system."""

@@ -12,6 +12,7 @@ from jitmoe.inspect.capture import node_of
 from jitmoe.inspect.replay import compare
 from jitmoe.oracle.reference import Biases, ExpertSteps, LoraTensors, expert_reference
 from jitmoe.oracle.yardstick import Inputs, Verdict, as_operands, judge_one, noise_like, title
+from jitmoe.plan.parts import parts_of
 from jitmoe.plan.shapes import plan_kernels
 
 LAST_STEPS = (
@@ -62,7 +63,8 @@ def stages(layer: MoELayer, inputs: Inputs) -> Iterator[Stage]:
 def _probe(layer: MoELayer, inputs: Inputs) -> MoELayer:
     """``layer`` for calls with one expert per token, with the same weights and the kernel that ``inputs`` takes."""
     kept = inputs.topk_ids[inputs.kept()]
-    shape = plan_kernels(layer.config, layer.isa).select(kept.numel(), torch.unique(kept).numel())
+    plan = plan_kernels(layer.config, layer.isa).by_part[0]  # the choice is the same in all parts
+    shape = plan.select(kept.numel(), torch.unique(kept).numel())
     probe = copy.copy(layer)
     probe.isa = shape.isa
     probe.config = replace(layer.config, top_k=1, m_step=shape.m_step, recompute=False)
@@ -89,7 +91,8 @@ def _before_activation(probe: MoELayer, alone: Inputs, expert: int) -> list[Verd
     verdicts = []
     for name in ("gate", "up"):
         oracle, plain = (getattr(steps[dtype], name) for dtype in (torch.float64, torch.bfloat16))
-        strips = saved[f"{name}.saved"].transpose(0, 1)  # the last strip is padded
+        by_part = (saved[f"{name}.saved{part.suffix}"] for part in parts_of(probe.config))
+        strips = torch.cat(list(by_part)).transpose(0, 1)  # the last strip is padded
         ours = strips.flatten(1)[:, : oracle.shape[1]]
         error = (plain.double() - oracle).flatten()
         verdicts.append(judge_one(name, ours, oracle, [error[error.isfinite()]], every_row, coarse=True))

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitmoe import settings
+from jitmoe.errors import TraceError
 from jitmoe.experts.observer import Launch, Observer, observing
 from jitmoe.host.scan import Scan, empty_records, observe_address, read_record, scan
 from jitmoe.inspect.records import PADDING, PARAMETER, SCRATCH, STEP, Position, Record
@@ -73,6 +74,18 @@ class Tracer(Observer):
     def wanted(self) -> bool:
         """Whether JITMOE_TRACE=1 asks for traces, which it does until the first finding."""
         return bool(settings.get("trace")) and not self._warned
+
+    def check(self, parts: int) -> None:
+        """Refuse several parts: sums of one part are not those of the layer, and its columns have other numbers.
+
+        Raises:
+            TraceError: there are several.
+        """
+        if parts > 1:
+            raise TraceError(
+                f"a layer with tensor_parallel={parts} cannot be traced: give its state_dict() to one with "
+                "tensor_parallel=1, which has the same values within rounding"
+            )
 
     @contextmanager
     def around(self, launch: Launch) -> Iterator[None]:

@@ -21,17 +21,30 @@ from jitmoe.memory.tensors import KINDS, Held, Kind, call_tensors, gradient_tens
 from jitmoe.plan.groups import GROUP_BYTES, group_limit, worst_extents
 from jitmoe.plan.placement import ScratchPlan
 from jitmoe.plan.scratch import BACKWARD_STEPS, FORWARD_STEPS, plan_backward, plan_forward, row_bytes
-from jitmoe.plan.shapes import KernelPlan, plan_kernels
+from jitmoe.plan.shapes import KernelPlan, ceil_div, plan_kernels
 from jitmoe.text import size, table
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Scratch of forward or backward; its first step is step ``start`` of the plan."""
+    """Scratch of forward or backward.
+
+    Attributes:
+        name: "forward" or "backward".
+        start: its first step, as a step of the plan.
+        scratch: of one part of ``tensor_parallel``.
+        parts: that may be computed at one time, each with scratch of its own.
+    """
 
     name: str
     start: int
     scratch: ScratchPlan
+    parts: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scratch of all parts."""
+        return self.parts * self.scratch.nbytes
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,8 @@ class MemoryPlan:
 
     @property
     def arena(self) -> int:
-        """Bytes of the arena."""
-        return max((item.scratch.nbytes for item in self.passes), default=0)
+        """Bytes of the arena; of those of all parts, with ``tensor_parallel``."""
+        return max((item.nbytes for item in self.passes), default=0)
 
     @property
     def peak_step(self) -> int:
@@ -133,7 +146,7 @@ class MemoryPlan:
         """All lines of the table."""
         held = [Row(t.kind, t.name, t.shape, t.dtype, t.nbytes, t.first, t.last, None) for t in self.held]
         scratch = [
-            Row("scratch", f"{item.name} {b.name}", b.shape, b.dtype, b.nbytes,
+            Row("scratch", f"{item.name} {b.name}{_of_each(item.parts)}", b.shape, b.dtype, b.nbytes,
                 item.start + b.first, item.start + b.last, placed.offset)
             for item in self.passes
             for placed in sorted(item.scratch.placed, key=lambda p: p.offset)
@@ -165,6 +178,10 @@ class MemoryPlan:
         if step >= 1:
             found["scratch"] = self.arena
         return {kind: nbytes for kind, nbytes in found.items() if nbytes}
+
+
+def _of_each(parts: int) -> str:
+    return f" of each of {parts} parts" if parts > 1 else ""
 
 
 def _most_of(rows: Iterable[Row], kind: Kind) -> str:
@@ -216,15 +233,21 @@ def _worst_pass(
     threads: int,
     group_bytes: int,
 ) -> Pass:
-    """The pass with the largest scratch over all routings: each kernel that one reaches, on the worst extents."""
+    """The pass with the largest scratch over all routings: each kernel that one reaches, on the worst extents.
+
+    All parts may run at one time, with a share of the threads each; one part after the other, on all threads, takes
+    less than that.
+    """
     config, training = kernels.config, name == "backward"
     slots = tokens * config.top_k
     found: list[ScratchPlan] = []
-    for shape, active in kernels.reachable(slots).items():
-        limit = group_limit(shape.m_step, row_bytes(shape, training), group_bytes)
-        extents = worst_extents(tokens, slots, active, shape.m_step, limit, config.lora_rank, threads)
-        if training:
-            found.append(plan_backward(shape, extents, x_grad=True, recompute=config.recompute))
-        else:
-            found.append(plan_forward(shape, extents))
-    return Pass(name, start, max(found, key=lambda plan: plan.nbytes))
+    for part in kernels.by_part:
+        for shape, active in part.reachable(slots).items():
+            limit = group_limit(shape.m_step, row_bytes(shape, training), group_bytes)
+            share = ceil_div(threads, config.parts)
+            extents = worst_extents(tokens, slots, active, shape.m_step, limit, config.lora_rank, share)
+            if training:
+                found.append(plan_backward(shape, extents, x_grad=True, recompute=config.recompute))
+            else:
+                found.append(plan_forward(shape, extents))
+    return Pass(name, start, max(found, key=lambda plan: plan.nbytes), config.parts)

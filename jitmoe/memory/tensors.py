@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jitmoe.config import MoEConfig
+from jitmoe.plan.parts import parts_of
 from jitmoe.plan.placement import ITEM_BYTES
 from jitmoe.plan.projections import lora_shapes, projections
 from jitmoe.plan.scratch import FORWARD_STEPS, saved_tensors
@@ -58,9 +59,11 @@ class Held:
 def layer_tensors(config: MoEConfig, lora_dtype: str, last: int) -> list[Held]:
     """Packed weights and parameters, alive from step 0 to step ``last``."""
     held = [
-        Held(f"packed_{p.name}", (config.num_experts, p.packed_items(config)), "int16", "packed weight", 0, last)
-        for p in projections(config.hidden_size, config.intermediate_size)
-    ]
+        Held(f"packed_{p.name}{part.suffix}", (config.num_experts, p.packed_items(config)), "int16", "packed weight",
+             0, last)
+        for part in parts_of(config)
+        for p in projections(config.hidden_size, part.end - part.first)
+    ]  # fmt: skip
     if config.bias:
         held += [
             Held(p.bias_name, (config.num_experts, p.out), "float32", "packed weight", 0, last)
@@ -85,6 +88,8 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
         Held("out", wide, x_dtype, "result", 1, last),
     ]
     held += _routed("forward", slots, 1, forward_end)
+    held += _summands("out", config, wide, x_dtype, 1, forward_end)
+    held += _biases_of_parts(config, "forward", 1, forward_end)
     if x_dtype == "float32":
         held.append(Held("forward x operand", wide, "bfloat16", "transient", 1, forward_end))
     if not training:
@@ -92,17 +97,40 @@ def call_tensors(config: MoEConfig, tokens: int, training: bool, x_dtype: str, l
     start = forward_end + 1
     held.append(Held("saved topk_ids", (tokens, config.top_k), "int64", "saved", 1, last))
     if not config.recompute:
-        saved = saved_tensors(config.intermediate_size, slots, config.lora_rank)
-        held += [Held(s.name, s.shape, s.dtype, "saved", 1, last) for s in saved]
+        for part in parts_of(config):
+            saved = saved_tensors(part.end - part.first, slots, config.lora_rank)
+            held += [Held(f"{s.name}{part.suffix}", s.shape, s.dtype, "saved", 1, last) for s in saved]
     held += [
         Held("out.grad", wide, x_dtype, "input", start, last),
         *_routed("backward", slots, start, last - 1),
         Held("x.grad", wide, x_dtype, "result", start, last),
         Held("weights.grad", (tokens, config.top_k), "float32", "result", start, last),
     ]
+    held += _summands("x.grad", config, wide, x_dtype, start, last)
+    held += _summands("weights.grad", config, (tokens, config.top_k), "float32", start, last)
+    held += _biases_of_parts(config, "backward", start, last)
     if x_dtype == "float32":
         names = ("backward x operand", "out.grad operand")
         held += [Held(name, wide, "bfloat16", "transient", start, last) for name in names]
+    return held
+
+
+def _summands(name: str, config: MoEConfig, shape: tuple[int, ...], dtype: str, first: int, last: int) -> list[Held]:
+    """What the parts add up, in float32; the first summand becomes the sum where that has the same dtype."""
+    parts = [part for part in parts_of(config) if not part.is_whole and (part.index or dtype != "float32")]
+    return [Held(f"{name}{part.suffix}", shape, "float32", "transient", first, last) for part in parts]
+
+
+def _biases_of_parts(config: MoEConfig, pass_name: str, first: int, last: int) -> list[Held]:
+    """Copies of what a part has of the biases, and the zeros that all but the first one add for down's."""
+    held = []
+    for part in parts_of(config) if config.bias and config.parts > 1 else ():
+        columns, hidden = part.end - part.first, config.hidden_size
+        extents = {"gate": columns, "up": columns} | ({"down": hidden} if part.index else {})
+        for name, out in extents.items():
+            shape = (config.num_experts, out)
+            title = f"{pass_name} {name}_bias{part.suffix}"
+            held.append(Held(title, shape, "float32", "transient", first, last))
     return held
 
 
@@ -113,8 +141,13 @@ def _routed(pass_name: str, slots: int, first: int, last: int) -> list[Held]:
 
 
 def gradient_tensors(config: MoEConfig, lora_dtype: str, start: int, last: int) -> list[Held]:
-    """Gradients of former calls, and new ones in float32, which are cast at the end where parameters are bfloat16."""
+    """Gradients of former calls, and new ones in float32, which are cast at the end where parameters are bfloat16.
+
+    Of what has no axis I each part makes one; they are added to the first.
+    """
     held = []
+    for name in ("gate_lora_a", "up_lora_a", "down_lora_b") if config.lora_rank else ():
+        held += _summands(f"new {name}.grad", config, _lora(config)[name], "float32", start, last)
     for name, shape in _lora(config).items():
         held += [
             Held(f"{name}.grad", shape, lora_dtype, "gradient", 0, last),

@@ -27,6 +27,7 @@ class Workload:
         rank: LoRA rank, 0 without LoRA.
         tokens: T.
         zipf: skewed routing; the n-th most popular expert has odds 1/n.
+        parts: ``tensor_parallel`` of the layer.
 
     Raises:
         ConfigError: ``top_k`` exceeds ``experts``, or there are no tokens.
@@ -40,6 +41,7 @@ class Workload:
     rank: int
     tokens: int
     zipf: bool = False
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -71,12 +73,17 @@ class Workload:
             lora_rank=self.rank,
             lora_dtype=cast(LoraDtype, lora_dtype),  # MoEConfig refuses another name
             isa=cast(IsaChoice, isa),
+            tensor_parallel=self.parts,
         )
 
     def quick(self) -> "Workload":
         """This workload with narrower matrices, for a first look; its figures compare with none of the others."""
         hidden, intermediate = (max(size // QUICK_DIVISOR, 1) for size in (self.hidden, self.intermediate))
         return replace(self, name=f"{self.name}/quick", hidden=hidden, intermediate=intermediate)
+
+    def in_parts(self, parts: int) -> "Workload":
+        """This workload in a layer with so many parts."""
+        return self if parts == 1 else replace(self, name=f"{self.name}/tp{parts}", parts=parts)
 
 
 _ALL = (

@@ -18,6 +18,11 @@ class Projection:
     in_: int
 
     @property
+    def cut_axis(self) -> int:
+        """Axis of W [out, in_] that is I, along which parts are cut."""
+        return 1 if self.name == "down" else 0
+
+    @property
     def base_name(self) -> str:
         """Name of W in the constructor, in state dicts and in files."""
         return f"{self.name}_proj"

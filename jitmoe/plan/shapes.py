@@ -8,6 +8,7 @@ from jitmoe.config import Activation, MoEConfig
 from jitmoe.errors import ConfigError
 from jitmoe.formats import Packing, ScaleDtype, WeightFormat, packing_of
 from jitmoe.isa import ISAS
+from jitmoe.plan.parts import parts_of
 
 K_STEP = 32
 """Columns of one packed block along the contraction; ranks are padded to it."""
@@ -91,14 +92,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """The kernels of one config on one instruction set; the first is for the fewest rows."""
+    """The kernels of one config on one instruction set; the first is for the fewest rows.
+
+    Attributes:
+        config: of the layer.
+        isa: the instruction set.
+        shapes: of all kernels.
+        parts: the plan of each part of ``config.tensor_parallel``; that of the only part is this one, and not in here.
+    """
 
     config: MoEConfig
     isa: str
     shapes: tuple[Shape, ...]
+    parts: tuple["KernelPlan", ...] = ()
+
+    @property
+    def by_part(self) -> tuple["KernelPlan", ...]:
+        """The plan of each part; a call selects a kernel of each."""
+        return self.parts or (self,)
 
     def select(self, rows: int, active_experts: int) -> Shape:
-        """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts."""
+        """The kernel for a call with ``rows`` routed rows on ``active_experts`` experts, in a plan of one part."""
+        assert not self.parts, "each part has a kernel of its own"
         if self.config.batch_invariant:
             return self.shapes[-1]
         passed = sum(rows > limit * active_experts for limit in ISAS[self.isa].row_limits)
@@ -140,6 +155,9 @@ def plan_kernels(config: MoEConfig, isa: str, lora_dtype: str | None = None) -> 
 
 @lru_cache(PLANS_KEPT)
 def _plan_kernels(config: MoEConfig, isa: str, lora_bf16: bool) -> KernelPlan:
+    if config.parts > 1:
+        parts = tuple(_plan_kernels(part.config, isa, lora_bf16) for part in parts_of(config))
+        return KernelPlan(config, isa, tuple(dict.fromkeys(s for part in parts for s in part.shapes)), parts)
     few_rows, steps = ISAS[isa].few_rows, ISAS[isa].m_steps
     blocks = [(isa, step) for step in steps]
     if config.m_step is not None:
