@@ -315,8 +315,6 @@ MUTANTS = (
         "reinterpret_cast<const bf16*>(lora.low) + 0 *",
         "amx",
     ),
-    bug("rows beyond a block are paired", "row < blocks.size(b) ?", "true ?", "lora_tiles"),
-    bug("the weight of a row is lost", "to.weights ? value * to.weights[row] : value", "value", "lora_tiles"),
     bug("gradients of the first row block", "step(a + (b * all + half)", "step(a + (0 * all + half)", "lora_tiles"),
 )
 FAST_MUTANTS = 4
