@@ -501,7 +501,7 @@ class TestCheck:
 
     def test_debug_names_expert_and_step(self, run, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A wrong weight of up in expert 5: the gate is right still, the experts before it too."""
-        pack = functional.pack_experts
+        pack = functional.pack_parts
 
         def wrong(kernels: Kernels, name: str, source: Tensor, *rest: Any) -> None:
             if name == "up_proj":
@@ -509,7 +509,7 @@ class TestCheck:
                 source[5, :, 7] *= 4
             pack(kernels, name, source, *rest)
 
-        monkeypatch.setattr(functional, "pack_experts", wrong)
+        monkeypatch.setattr(functional, "pack_parts", wrong)
         status, out, _ = run("check", "--mode", "debug", "--config", config_file, "--tokens", 64)
         assert status == 1
         assert "expert 4: 11 steps ok\nexpert 5: the first step that deviates is up\n" in out

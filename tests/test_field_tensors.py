@@ -631,7 +631,7 @@ class TestLoadingInterrupted:
     ) -> None:
         other = layer_of(make_inputs(replace(SMALL, seed=1000)), ISA)
         seen: list[str] = []
-        pack = layer_module.pack_experts
+        pack = layer_module.pack_parts
 
         def interrupted(kernels: object, name: str, *rest: object) -> None:
             if len(seen) == stop:
@@ -640,7 +640,7 @@ class TestLoadingInterrupted:
             pack(kernels, name, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(layer_module, "pack_experts", interrupted)
+            patch.setattr(layer_module, "pack_parts", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 layer.load_state_dict(other.state_dict())
         for use in (lambda: call(layer, inputs), layer.state_dict, lambda: call(copy.deepcopy(layer), inputs)):
