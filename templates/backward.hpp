@@ -201,7 +201,7 @@ struct Backward : Forward<S, Gemm> {
 
 template <Shape S, class Gemm>
 void backward_group(const Call& call, const Group& group, const Thread& thread) {
-  const Backward<S, Gemm> pass{{{call, group, thread}}};
+  const Backward<S, Gemm> pass{{{{call, group, thread}}}};
   for_each_block<S>(call, group, thread, BackwardStep::load, [&](const Block& block) { pass.load(block); });
   if (pass.recomputes())
     for_each_segment_strip<S>(call, group, thread, S.intermediate, BackwardStep::gate_up,

@@ -71,7 +71,7 @@ struct Forward : Pass<S, Gemm> {
 
 template <Shape S, class Gemm>
 void forward_group(const Call& call, const Group& group, const Thread& thread) {
-  const Forward<S, Gemm> pass{{call, group, thread}};
+  const Forward<S, Gemm> pass{{{call, group, thread}}};
   for_each_block<S>(call, group, thread, ForwardStep::load, [&](const Block& block) { pass.load(block); });
   for_each_segment_strip<S>(call, group, thread, S.intermediate, ForwardStep::gate_up,
                             [&](const Segment& segment, int64_t strip) { pass.gate_up(segment, strip); });
