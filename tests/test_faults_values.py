@@ -126,7 +126,7 @@ def test_nan_in_the_scratch(isa: str, case: Case, recompute: bool) -> None:
     layer = layer_of(inputs, isa, recompute=recompute)
     clean = copied(results_of_layer(layer, inputs))
     assert workspace.arenas.held_bytes() > 0
-    for arena in workspace.arenas._free:
+    for arena in workspace.arenas.free():
         arena[: arena.size // 2 * 2].view(np.uint16)[:] = NAN_BITS
     assert different(results_of_layer(layer, inputs), clean) == []
 

@@ -74,7 +74,7 @@ def first_slot(inputs: Inputs, expert: int) -> tuple[int, int]:
 
 
 def poison_scratch() -> None:
-    for arena in workspace.arenas._free:
+    for arena in workspace.arenas.free():
         arena[: arena.size // 2 * 2].view(np.uint16)[:] = NAN_BITS
 
 
@@ -296,7 +296,7 @@ def test_one_value_in_scratch_is_named(inputs: Inputs) -> None:
         plain = call_layer(layer, inputs).clone()
     last_rows = int((inputs.topk_ids == RAGGED.experts - 1).sum())
     assert last_rows % traced_shape(RAGGED, BEST).m_step, "or no row of the last block is padded"
-    (arena,) = workspace.arenas._free
+    (arena,) = workspace.arenas.free()
     for item in plans[0].placed:
         *lead, columns = item.buffer.shape
         size = {"float32": 4, "bfloat16": 2}[item.buffer.dtype]

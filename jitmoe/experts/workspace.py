@@ -74,10 +74,14 @@ class Arenas:
             with self._lock:
                 self._free.setdefault(node, []).append(arena)
 
+    def free(self) -> list[npt.NDArray[np.uint8]]:
+        """The arenas that no call is using now, of all nodes."""
+        with self._lock:
+            return [arena for arenas in self._free.values() for arena in arenas]
+
     def held_bytes(self) -> int:
         """Bytes of the arenas that are free now."""
-        with self._lock:
-            return sum(arena.nbytes for free in self._free.values() for arena in free)
+        return sum(arena.nbytes for arena in self.free())
 
     def release(self) -> None:
         """Give all free arenas back to the system."""
