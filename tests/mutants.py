@@ -472,11 +472,11 @@ MUTANTS = (
     Mutant(
         "stale_lora_b",
         "jitmoe/experts/functional.py",
-        "    return lora\n\n\ndef _shapes",
+        "    return lora\n\n\n@lru_cache(maxsize=256)\ndef _shapes",
         "    return [\n"
         '        config.__dict__.setdefault(name, tensor.clone()) if name.endswith("_b") else tensor\n'
         "        for name, tensor in zip(names_of(lora), lora, strict=True)\n"
-        "    ]\n\n\ndef _shapes",
+        "    ]\n\n\n@lru_cache(maxsize=256)\ndef _shapes",
         ("test_ancestor.py::test_an_update_of_lora_seen_by_a_but_not_by_b",),
         "B is copied in the first call, and an optimizer's step is not seen.",
     ),
@@ -802,7 +802,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapped_pages_written",
-        "jitmoe/hf/weight.py",
+        "jitmoe/hf/rewrite.py",
         "if not torch.equal(old.view(torch.int16), new.view(torch.int16)):",
         "if True:",
         ("test_distributed_data.py::test_a_peft_model_whose_experts_are_packed",),
