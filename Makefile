@@ -2,6 +2,7 @@
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
 # make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
+# make dist      sdist and wheel, installed into an empty environment and tried there
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize faults mutants check format setup clean compiler
+.PHONY: demo test test-slow sanitize faults mutants dist check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -40,6 +41,9 @@ faults: setup compiler
 # Some: python tests/mutants.py NAME ...
 mutants: setup compiler
 	$(BIN)/python tests/mutants.py
+
+dist: compiler
+	$(PYTHON) scripts/dist.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -86,7 +86,7 @@ class CacheSecurityError(JitmoeError, RuntimeError):
 
 
 class KernelError(JitmoeError, RuntimeError):
-    """A compiled kernel is of another version of jitmoe, or would be given a field that it does not know."""
+    """A compiled kernel, or a file of them, is of another version of jitmoe or damaged, or lacks a field of a call."""
 
 
 class BenchError(JitmoeError, RuntimeError):
