@@ -2,6 +2,8 @@
 # make check  formatting, lint and types                         make clean   remove what make made
 # make sanitize  kernels and emulator under AddressSanitizer and UndefinedBehaviorSanitizer
 # make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
+# make docs      the site, into out/site, and a look for broken links; no network is needed to read it
+# make canary    the newest transformers and peft in an environment of their own: which of our tests hold there
 # make dist      sdist and wheel, installed into an empty environment and tried there
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
@@ -14,7 +16,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize faults mutants dist check format setup clean compiler
+.PHONY: demo test test-slow sanitize faults mutants dist docs canary check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -44,6 +46,14 @@ mutants: setup compiler
 
 dist: compiler
 	$(PYTHON) scripts/dist.py
+
+docs: setup compiler
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,examples,hf]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/links.py out/site
+
+canary: compiler
+	$(PYTHON) scripts/canary.py
 
 check: setup
 	$(BIN)/ruff format --check .
