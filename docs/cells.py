@@ -40,5 +40,5 @@ def page(script: str, name: str) -> str:
     for cell, output in zip(cells, run(cells, name), strict=True):
         parts += [cell.prose]
         parts += [f"```python\n{cell.code}\n```"] if cell.code else []
-        parts += [f"```text\n{output}\n```"] if output else []
+        parts += [f"```{{.text .output}}\n{output}\n```"] if output else []
     return "\n\n".join(parts) + "\n"

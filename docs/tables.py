@@ -57,7 +57,9 @@ def support_page() -> str:
         isa: "emulated: the real machine code" if isa in EMULATED else "natively, where the CPU has it" for isa in ISAS
     }
     sets = [(f"`{isa.name}`", ", ".join(isa.features) or "any CPU", how[isa.name]) for isa in ISAS.values()]
-    formats = {"bfloat16": ("-", "-")} | {name: (str(p[1]), p[2]) for name, p in PACKINGS.items()}
+    formats = {"bfloat16": ("-", "-")} | {
+        name: (str(group) if form == "int4_group" else "-", scale) for name, (form, group, scale) in PACKINGS.items()
+    }
     packings = [(f"`{name}`", *about, *["yes"] * len(ISAS)) for name, about in formats.items()]
     layouts = [f"`{name}`" for name in FORMATS]
     models = [(f"`{name}`", f"`{config}`", "bfloat16", "all") for name, (config, _) in FAMILIES.items()]

@@ -18,11 +18,14 @@ from typing import Any
 import families
 import pytest
 
+from jitmoe.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
 import cells  # noqa: E402
 import links  # noqa: E402
+import picture  # noqa: E402
 import tables  # noqa: E402
 
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "site").glob("*.md"))}
@@ -60,8 +63,23 @@ async function look(page, width) {
 """Opens every page at two widths and says what a reader would miss."""
 
 
+PRINTED = {
+    "inside": r"^layer 0, call 0 \(forward\): x of expert \d+ has 1 NaN .*token 3,.*column 17",
+    "memory": r"packed_gate",
+    "start": r"torch\.Size\(\[8, 176, 8\]\)",
+    "transformers": r"rank 8 \w+ active",
+    "kernel": r"constexpr jitmoe::Shape shape",
+}
+"""What the code of a page prints, where that is what the page promises."""
+
+LEFT = {"inside": {"trace.png", "call.pt"}, "memory": {"experts.packed"}, "transformers": {"Qwen3-30B-A3B", "packed"}}
+"""Files that it leaves."""
+
+
 @pytest.mark.parametrize("name", WITH_CODE)
-def test_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_page_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Block after block in one session, as a reader would type them."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -70,6 +88,13 @@ def test_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     session: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGES[name].read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(PAGES[name]), "exec"), session)
+    assert re.search(PRINTED.get(name, ""), capsys.readouterr().out, re.MULTILINE)
+    assert {path.name for path in tmp_path.iterdir()} == LEFT.get(name, set())
+    if name == "inside":
+        assert main(["replay", "call.pt"]) == 0
+    if name == "layer":
+        # B starts at zero, so its gradient is the one that is not.
+        assert session["layer"].gate_lora_b.grad.count_nonzero() > 0 and session["x"].grad.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
@@ -110,6 +135,15 @@ def test_every_page_is_in_the_navigation() -> None:
     made = {"settings", "errors", "support", "changelog", "structure", "benchmarks", "findings"}
     made |= {f"tutorial-{script.stem}" for script in TUTORIALS}
     assert set(re.findall(r": ([\w-]+)\.md$", navigation, re.MULTILINE)) == PAGES.keys() | made
+
+
+def test_the_picture_shows_the_figures_of_the_benchmarks() -> None:
+    """After a change of figures: python docs/picture.py."""
+    speed, loading = picture.read_figures((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    shown = re.findall(r">([\d.]+)×<", picture.PICTURE.read_text(encoding="utf-8"))
+    times = [f"{values[task]:.1f}" for task in range(len(picture.TASKS)) for values in speed.values()]
+    assert shown == times + [f"{value:.2f}" for value in loading.values()]
+    assert picture.PICTURE.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize(
