@@ -38,7 +38,7 @@ CHROMIUM_FLAGS = (
     *("--disable-background-networking", "--disable-component-update"),
 )
 
-HARNESS = """<!doctype html><script>
+HARNESS = """<!doctype html><body><script>
 const pages = PAGES, faults = [];
 async function look(page, width) {
   const frame = document.createElement("iframe");
@@ -216,7 +216,7 @@ def test_every_page_in_a_browser(site: Path, tmp_path: Path) -> None:
         command += ["--remote-debugging-port=0", f"{address}/harness.html"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
             try:
-                report = json.loads(sent.get(timeout=200))
+                report = json.loads(sent.get(timeout=150))
             finally:
                 browser.terminate()
     assert report["seen"] == len(pages) > 20 and report["faults"] == []
