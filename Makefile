@@ -4,6 +4,9 @@
 # make races     passes on several threads under ThreadSanitizer
 # make faults    every fault of the lists, injected: rows 1 to 28 and the kinds A to T from the field
 # make fuzz      random sequences of calls and random bytes, for long; make soak: thousands of steps, for leaks
+# make docs      the site, into out/site, and a look for broken links; no network is needed to read it
+# make canary    the newest transformers and peft in an environment of their own: which of our tests hold there
+# make dist      sdist and wheel, installed into an empty environment and tried there
 # make mutants   seeded bugs, each in a copy of the tree: the tests must catch every one
 
 PYTHON ?= python3
@@ -15,7 +18,7 @@ STAMP := $(VENV)/installed.stamp
 CXX_FOUND := $(or $(JITMOE_CXX),$(shell command -v g++ || command -v clang++))
 CPP_SOURCES = $(wildcard templates/*.hpp templates/*/*.hpp templates/*/*.cpp tests/*.cpp)
 
-.PHONY: demo test test-slow sanitize races faults fuzz soak mutants check format setup clean compiler
+.PHONY: demo test test-slow sanitize races faults fuzz soak mutants dist docs canary check format setup clean compiler
 
 demo: setup compiler
 	$(BIN)/python examples/finetune.py
@@ -57,6 +60,17 @@ soak: setup compiler
 # Some: python tests/mutants.py NAME ...
 mutants: setup compiler
 	$(BIN)/python tests/mutants.py
+
+dist: compiler
+	$(PYTHON) scripts/dist.py
+
+docs: setup compiler
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,examples,hf]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/links.py out/site
+
+canary: compiler
+	$(PYTHON) scripts/canary.py
 
 check: setup
 	$(BIN)/ruff format --check .

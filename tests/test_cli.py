@@ -43,7 +43,7 @@ def quick_kernels(monkeypatch):
     monkeypatch.setattr("jitmoe.jit.render.render", tiny)
 
 
-CACHE = ["cache", "cache path", "cache list", "cache clear"]
+CACHE = ["cache", "cache path", "cache list", "cache clear", "cache export", "cache import"]
 CONVERT = ["convert", "convert-weights"]
 COMMANDS = ["", "doctor", "build", "show", "bench", "estimate", "replay", "check", *CONVERT, "train", *CACHE]
 
@@ -158,6 +158,14 @@ class TestDoctor:
         status, out, err = run("doctor")
         assert status == 1
         assert "apt install g++" in err and "1 problem(s)" in out
+
+    def test_as_json(self, run, monkeypatch, tmp_path):
+        monkeypatch.setenv("JITMOE_CXX", str(tmp_path / "none"))
+        status, out, err = run("doctor", "--json")
+        report = json.loads(out)
+        assert (status, err) == (1, "")
+        assert {"jitmoe", "torch", "cpu", "isa", "threads", "cache", "compiler", *ISAS} <= set(report["facts"])
+        assert ["not a program that can be run" in problem for problem in report["problems"]] == [True]
 
     def test_a_compiler_that_cannot_compile(self, run, fake_compiler):
         fake_compiler("echo \"k.cpp:1: fatal error: 'omp.h' file not found\"; exit 1")

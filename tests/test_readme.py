@@ -33,18 +33,12 @@ def test_python_blocks_run_one_after_the_other(
             gradients = {name for name, p in names["model"].named_parameters() if p.grad is not None}
             assert len(gradients) == 2 * families.LAYERS * (2 + 2), gradients
             assert "active" in capsys.readouterr().out
-        if "MoELayer(config, gate, up, down)" in block:
-            layer, x, y = names["layer"], names["x"], names["y"]
-            assert y.shape == x.shape and x.grad.count_nonzero() > 0
-            # B starts at zero, so its gradient is the one that is not.
-            assert layer.gate_lora_b.grad.count_nonzero() > 0
-    out = capsys.readouterr().out
-    assert "packed_gate" in out
-    assert re.search(
-        r"^layer 0, call 0 \(forward\): x of expert \d+ has 1 NaN .*token 3,.*column 17", out, re.MULTILINE
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {"experts.packed", "trace.png", "call.pt", "Qwen3-30B-A3B"}
-    assert main(["replay", "call.pt"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"Qwen3-30B-A3B"}
+
+
+def test_what_the_readme_points_at_is_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(targets) > 10 and [target for target in targets if not (README.parent / target).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

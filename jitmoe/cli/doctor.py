@@ -1,13 +1,16 @@
 """``jitmoe doctor``."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -30,23 +33,41 @@ TOKENS = 32
 MISSING = "not installed"
 
 
-def doctor() -> None:
+Rows = list[tuple[str, str]]
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object, for reports of faults and programs")
+    ] = False,
+) -> None:
     """Examine CPU, compiler, cache and packages; exit 1 with advice."""
     problems: list[str] = []
-    about_machine = [*_describe_python(problems), *_describe_cpu(problems), *_describe_nodes()]
-    about_machine += _describe_cache(problems)
-    console.table(about_machine, head=False)
-    console.table(_describe_compiler(problems), head=False)
-    if not problems:
-        console.table(_describe_layer(problems), head=False)
-    for problem in problems:
-        print(f"\nproblem: {problem}", file=sys.stderr)
-    print(f"\n{len(problems)} problem(s)" if problems else "\neverything that jitmoe needs is here")
+    facts: Rows = []
+    _examine(problems, facts.extend if as_json else _print_rows)
+    if as_json:
+        print(json.dumps({"facts": {name.strip(): value for name, value in facts}, "problems": problems}, indent=1))
+    else:
+        for problem in problems:
+            print(f"\nproblem: {problem}", file=sys.stderr)
+        print(f"\n{len(problems)} problem(s)" if problems else "\neverything that jitmoe needs is here")
     if problems:
         raise typer.Exit(1)
 
 
-def _describe_python(problems: list[str]) -> list[tuple[str, str]]:
+def _examine(problems: list[str], show: Callable[[Rows], None]) -> None:
+    """Give each part to ``show`` when it is known: to try a compiler takes seconds."""
+    show([*_describe_python(problems), *_describe_cpu(problems), *_describe_nodes(), *_describe_cache(problems)])
+    show(_describe_compiler(problems))
+    if not problems:
+        show(_describe_layer(problems))
+
+
+def _print_rows(rows: Rows) -> None:
+    console.table(rows, head=False)
+
+
+def _describe_python(problems: list[str]) -> Rows:
     rows = [("jitmoe", _version("jitmoe")), ("python", platform.python_version())]
     for package in ("torch", "numba", "llvmlite", "numpy"):
         version = _version(package)
@@ -56,7 +77,7 @@ def _describe_python(problems: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
+def _describe_cpu(problems: list[str]) -> Rows:
     wanted = settings.get("isa") or "auto"
     try:
         chosen = capability.resolve_isa(wanted)
@@ -71,7 +92,7 @@ def _describe_cpu(problems: list[str]) -> list[tuple[str, str]]:
     return [*rows, ("threads", f"{len(os.sched_getaffinity(0))} usable CPUs, OMP_NUM_THREADS {threads}")]
 
 
-def _describe_nodes() -> list[tuple[str, str]]:
+def _describe_nodes() -> Rows:
     """The NUMA nodes, what tensor_parallel="auto" is here, and whether packed weights can be put on each node."""
     found = topology()
     count = len(found.nodes)
@@ -85,7 +106,7 @@ def _describe_nodes() -> list[tuple[str, str]]:
     return rows + [("  left out", reason) for reason in found.left_out]
 
 
-def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
+def _describe_cache(problems: list[str]) -> Rows:
     intended = location.location()
     try:
         place = location.open_place()
@@ -103,7 +124,7 @@ def _describe_cache(problems: list[str]) -> list[tuple[str, str]]:
     return [("cache", f"{intended}, {state}, {len(entries)} kernels, {damaged} damaged")]
 
 
-def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:
+def _describe_compiler(problems: list[str]) -> Rows:
     """The compiler, and whether it makes a kernel of the chosen set that can be loaded and run."""
     folder = Path(tempfile.mkdtemp(prefix="jitmoe-doctor-"))
     try:
@@ -118,7 +139,7 @@ def _describe_compiler(problems: list[str]) -> list[tuple[str, str]]:
     return [("compiler", f"{compiler.path} ({compiler.identity})"), ("kernel", tried)]
 
 
-def _describe_layer(problems: list[str]) -> list[tuple[str, str]]:
+def _describe_layer(problems: list[str]) -> Rows:
     """What a layer does, from the cache to the gradients, held to the error rule."""
     from jitmoe.inspect.check import make_call, make_layer
     from jitmoe.inspect.replay import compare

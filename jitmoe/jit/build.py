@@ -117,7 +117,12 @@ def _headers_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]
 def instance_key(instance: Instance, compiler: Compiler, headers: Headers) -> str:
     """SHA-256 over all that determines the library's code. It covers no path, so all checkouts agree."""
     flags = toolchain.flags(instance.shape.isa, compiler.kind)
-    return _digest([source_key(instance, headers), compiler.identity, *flags])
+    return compiled_key(source_key(instance, headers), compiler.identity, flags)
+
+
+def compiled_key(source: str, identity: str, flags: Sequence[str]) -> str:
+    """The key of sources with the key ``source`` that a compiler of ``identity`` compiled with ``flags``."""
+    return _digest([source, identity, *flags])
 
 
 def source_key(instance: Instance, headers: Headers) -> str:
@@ -217,6 +222,7 @@ def _origin(instance: Instance, compiler: Compiler, headers: Headers) -> dict[st
     return {
         "source": source_key(instance, headers),
         "name": instance.shape.name,
+        "isa": instance.shape.isa,
         "compiler": compiler.identity,
         "flags": " ".join(toolchain.flags(instance.shape.isa, compiler.kind)),
     }

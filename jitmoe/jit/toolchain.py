@@ -25,6 +25,11 @@ INSTALL_ADVICE = (
     "or name one in JITMOE_CXX."
 )
 
+EXCHANGE_ADVICE = (
+    "Or bring kernels from a machine that has one: `jitmoe build` and `jitmoe cache export FILE` there, "
+    "`jitmoe cache import FILE` here."
+)
+
 OPENMP_ADVICE = (
     "clang needs its OpenMP runtime: install libomp-dev (Debian/Ubuntu) or libomp-devel (Fedora), or use g++."
 )
@@ -98,7 +103,7 @@ def find_compiler() -> Compiler:
         path = _which(program)
         if path is not None:
             return _identify(path)
-    raise BuildError(f"no C++ compiler: neither g++ nor clang++ is on PATH. {INSTALL_ADVICE}")
+    raise BuildError(f"no C++ compiler: neither g++ nor clang++ is on PATH. {INSTALL_ADVICE} {EXCHANGE_ADVICE}")
 
 
 def flags(isa: str, kind: str = "gcc") -> tuple[str, ...]:
@@ -201,6 +206,11 @@ def _own_features(path: Path, macros: Mapping[str, str]) -> list[str]:
             "wrapper that adds flags? Name the compiler itself in JITMOE_CXX"
         )
     return own
+
+
+def features_in(identity: str) -> frozenset[str]:
+    """CPU features that the compiler of this :attr:`Compiler.identity` uses without being asked."""
+    return frozenset(identity.rpartition(" with ")[2].split()) & frozenset(cpu.known_features())
 
 
 def _ask(path: Path, *question: str) -> str:

@@ -121,7 +121,7 @@ def opened(path: Path | str, directory: bool = False, inside: int | None = None)
         if info.st_uid not in _owners() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             place = os.readlink(f"/proc/self/fd/{descriptor}")
             raise CacheSecurityError(
-                f"{place} in the kernel cache belongs to user id {info.st_uid}, mode "
+                f"{place} belongs to user id {info.st_uid}, mode "
                 f"{stat.S_IMODE(info.st_mode):o}: somebody else can write it, so nothing is loaded. Remove it"
             )
         yield descriptor
