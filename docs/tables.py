@@ -66,7 +66,8 @@ def support_page() -> str:
     return "\n".join(
         (
             "# Support\n\nMade from the tables that the tests run on (`tests/families.py`, `tests/quantized.py`, "
-            "`jitmoe/isa.py`, `jitmoe/hf/adapters/formats.py`): names are theirs. That every format runs on every set is what `tests/test_formats.py` holds.\n",
+            "`jitmoe/isa.py`, `jitmoe/hf/adapters/formats.py`): names are theirs. Formats on "
+            "each set: `tests/test_formats.py`.\n",
             "## Instruction sets\n",
             table(("set", "CPU features", "tested"), sets),
             "## Weight formats of a layer\n",
