@@ -62,11 +62,12 @@ def support_page() -> str:
     }
     packings = [(f"`{name}`", *about, *["yes"] * len(ISAS)) for name, about in formats.items()]
     layouts = [f"`{name}`" for name in FORMATS]
-    models = [(f"`{name}`", f"`{config}`", "bfloat16", "all") for name, (config, _) in FAMILIES.items()]
+    models = [(f"`{name}`", f"`{config}`", "bfloat16") for name, (config, _) in FAMILIES.items()]
     return "\n".join(
         (
             "# Support\n\nMade from the tables that the tests run on (`tests/families.py`, `tests/quantized.py`, "
-            "`jitmoe/isa.py`, `jitmoe/hf/adapters/formats.py`): what stands here is a case of a test.\n",
+            "`jitmoe/isa.py`, `jitmoe/hf/adapters/formats.py`): names are theirs. Formats on "
+            "each set: `tests/test_formats.py`.\n",
             "## Instruction sets\n",
             table(("set", "CPU features", "tested"), sets),
             "## Weight formats of a layer\n",
@@ -74,7 +75,7 @@ def support_page() -> str:
             "## Models in transformers\n\nWith LoRA on gate, up and down through PEFT. Others on transformers' experts "
             "interface run where their gate is asked and found to be one that jitmoe computes; the rest is an "
             "`UnsupportedExpertsError`.\n",
-            table(("model", "config", "experts", "instruction sets"), models),
+            table(("model", "config", "experts"), models),
             f"## Layouts of adapters\n\n`jitmoe convert` takes each of {', '.join(layouts)} to each.\n",
             "Which of them have a place for LoRA outside of the experts:\n",
             table(

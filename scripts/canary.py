@@ -1,6 +1,7 @@
 """The newest transformers and peft in an environment of their own, and which of our tests hold there: ``make canary``.
 
-What it finds is news, not a fault: it prints a table and ends with 0. It ends with 1 only where it could not look.
+``python scripts/canary.py FILE ...`` runs these files of tests instead. What it finds is news, not a fault: it prints a
+table and ends with 0. It ends with 1 only where it could not look.
 """
 
 import os
@@ -37,7 +38,7 @@ def main() -> int:
             print("the environment cannot be installed: no verdict", file=sys.stderr)
             return 1
         versions = " ".join(f"{package} {version_of(python, package)}" for package in WATCHED)
-        for file in TESTS:
+        for file in sys.argv[1:] or TESTS:
             rows.append((file, versions, *run_tests(python, file, folder)))
     print(f"\n{'tests':26} {'packages':58} {'passed':>6} {'failed':>6} {'skipped':>7}")
     for file, versions, passed, failed, skipped in rows:

@@ -1,8 +1,8 @@
 # # Find a NaN
 #
 # In a project that came before jitmoe, the LoRA weights of experts 17 to 24 became NaN in a run, and no others.
-# Days later the cause was found: memory. A buffer that was still alive shared scratch with another one, and for these
-# experts the lives met. The loss says only that something, somewhere, once went wrong. This page plays such a day:
+# The cause was memory: a buffer that was still alive shared scratch with another one.
+# The loss says only that something, somewhere, once went wrong. This page plays such a day:
 # something writes a NaN into one value of one expert, and we find it. It is a script, `docs/tutorials/nan.py`, that
 # was run.
 #
