@@ -62,7 +62,7 @@ mutants: setup compiler
 	$(BIN)/python tests/mutants.py
 
 dist: compiler
-	$(PYTHON) scripts/dist.py
+	$(PYTHON) tests/dist.py
 
 docs: setup compiler
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,examples,hf]'
@@ -70,7 +70,7 @@ docs: setup compiler
 	$(BIN)/python docs/links.py out/site
 
 canary: compiler
-	$(PYTHON) scripts/canary.py
+	$(PYTHON) tests/canary.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """The newest transformers and peft in an environment of their own, and which of our tests hold there: ``make canary``.
 
-``python scripts/canary.py FILE ...`` runs these files of tests instead. What it finds is news, not a fault: it prints a
+``python tests/canary.py FILE ...`` runs these files of tests instead. What it finds is news, not a fault: it prints a
 table and ends with 0. It ends with 1 only where it could not look.
 """
 

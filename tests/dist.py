@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 NEEDED = ("jitmoe/templates/instance.cpp.in", "jitmoe/templates/gemm/interface.hpp", "jitmoe/py.typed")
 """Files that a wheel without them would only miss at the first call."""
 
-TRIAL = CHECKOUT / "scripts" / "installed.py"
+TRIAL = CHECKOUT / "tests" / "installed.py"
 
 
 def main() -> None:
