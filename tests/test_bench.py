@@ -367,6 +367,7 @@ class TestTargets:
             options = replace(OURS, peers=("torch-f32", "grouped-f32"))
             return targets.judge_targets(list(targets.measure_workloads(options, 1)), options, 1)
 
+    @pytest.mark.slow
     def test_every_target_has_a_line(self, lines):
         assert len({line.what for line in lines}) == len(lines) == len(targets.ROOFLINE) + len(targets.FASTER) + 12
         table = targets.targets_table(lines)
@@ -374,6 +375,7 @@ class TestTargets:
         assert f"{sum(line.met for line in lines)} of {len(lines)} targets met" in table
         assert json.loads(json.dumps(targets.targets_json(lines)))[0]["wanted"] == ">= 90%"
 
+    @pytest.mark.slow
     def test_what_was_not_measured_is_not_met(self, lines):
         absent = [line for line in lines if "PEFT" in line.what]
         assert len(absent) == 1
@@ -415,7 +417,7 @@ class TestStartup:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("before", [0, 100_000_000])
+    @pytest.mark.parametrize("before", [100_000_000, pytest.param(0, marks=pytest.mark.slow)])
     def test_the_meter_sees_a_buffer_of_known_size(self, before):
         nbytes = 48_000_000
         # 2 MB for what Python itself takes meanwhile, and for pages that Linux counts late.
@@ -503,6 +505,7 @@ class TestCommand:
         assert {"date", "cpu", "threads", "torch"} <= set(content["machine"])
         assert len(content["workloads"][0]["results"]) == 4
 
+    @pytest.mark.slow
     def test_memory(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(footprint, "MODES", (FORWARD_MODE,))
         path = tmp_path / "memory.json"

@@ -245,8 +245,14 @@ def test_bits_of_the_bfloat16_layer(name: str, case: Case, isa: str) -> None:
     check_layer(name, case, isa, ISAS[isa].m_steps[-1])
 
 
-@EVERY_ISA
-@pytest.mark.parametrize("name", ["fp8_block", *(pytest.param(n, marks=SLOW) for n in ("int4_group32", "mxfp4"))])
+def row_cells() -> Iterator[pytest.param]:
+    for name in ("fp8_block", "int4_group32", "mxfp4"):
+        for isa in NATIVE:
+            fast = (name, isa) == ("fp8_block", ISA)
+            yield pytest.param(name, isa, marks=[pytest.mark.isa(isa), *([] if fast else [SLOW])], id=f"{name}-{isa}")
+
+
+@pytest.mark.parametrize(("name", "isa"), list(row_cells()))
 def test_few_and_many_rows(name: str, isa: str) -> None:
     """Rows that are multiplied in registers, in one row block and in some, and more than a chunk of weights."""
     for m_step in ISAS[isa].m_steps:
@@ -263,7 +269,9 @@ def check_tiles(name: str, case: Case, isa: str, m_step: int) -> None:
 
 
 @NEEDS_TILES
-@EVERY_PACKING
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("fp8_block", "int4_group32") else SLOW) for name in PACKINGS]
+)
 def test_bits_of_the_bfloat16_layer_on_amx(name: str) -> None:
     process = Emulated()
     process(check_tiles, name, case_named("ragged_33"), tiles(), ISAS[tiles()].m_steps[-1])
