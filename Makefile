@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 # Processes that share the tests, file by file; each takes 2 GB and two threads.
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
