@@ -4,12 +4,13 @@ The yardstick's parameters are values of bfloat16, so it cannot see what becomes
 """
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from emulated import NEEDS_TILES, TILE_ISAS, Emulated, can_emulate
-from helpers import EVERY_ISA
+from helpers import NATIVE
 from test_back_end import address, bfloat16, compile_text
 
 from jitmoe.isa import ISAS
@@ -80,7 +81,13 @@ def check_form(isa: str, m_step: int, folder: Path) -> None:
                 )
 
 
-@EVERY_ISA
+def native_cells() -> Iterator[pytest.param]:
+    """Sets without tiles have one form of LoRA: one of them always, the others where there is time."""
+    for isa in NATIVE:
+        yield pytest.param(isa, marks=[pytest.mark.isa(isa), *([] if isa == "avx2" else [pytest.mark.slow])])
+
+
+@pytest.mark.parametrize("isa", list(native_cells()))
 def test_float32_values_are_kept(isa: str, tmp_path: Path) -> None:
     check_form(isa, ISAS[isa].m_steps[-1], tmp_path)
 
