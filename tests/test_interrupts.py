@@ -47,7 +47,7 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             self.came[name] = self.came.get(name, 0) + 1
-            # Between the lines of torch.no_grad's own __enter__ an interrupt leaves it switched on: torch's fault.
+            # One run was left with gradients off, as an interrupt inside of torch.no_grad's own __enter__ leaves it.
             torch.set_grad_enabled(True)
             return True
         return False
