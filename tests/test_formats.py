@@ -270,7 +270,7 @@ def check_tiles(name: str, case: Case, isa: str, m_step: int) -> None:
 
 @NEEDS_TILES
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("fp8_block", "int4_group32") else SLOW) for name in PACKINGS]
+    "name", [pytest.param(name, marks=[] if name == "int4_group32" else SLOW) for name in PACKINGS]
 )
 def test_bits_of_the_bfloat16_layer_on_amx(name: str) -> None:
     process = Emulated()
