@@ -406,6 +406,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"are quantised: there is a lm_head\.weight_scale",
     ),
     "unknown family": (lambda p: configure(p, model_type="llama"), "model_type 'llama' .* known: .*mixtral"),
+    "nested config": (lambda p: (p / "config.json").write_text("[" * 100_000), "cannot be read"),
     "stacked family": (lambda p: configure(p, model_type="gpt_oss"), "experts of gpt_oss are shipped stacked"),
     "other names": (lambda p: configure(p, model_type="qwen3_moe"), r"has no experts: .* like model\.layers\.0\.mlp"),
     "damaged": (lambda p: os.truncate(p / "model.safetensors", 5000), "cannot be read"),

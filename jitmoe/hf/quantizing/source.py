@@ -1,6 +1,5 @@
 """A transformers checkpoint in a folder: its config, its tensors, and the files beside them."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitmoe.errors import CheckpointError
+from jitmoe.config import read_fields
+from jitmoe.errors import CheckpointError, ConfigError
 from jitmoe.hf.quantizing.names import QUANTIZED_KEYS, QUANTIZED_SUFFIXES
 from jitmoe.hf.tensor_file import TensorFile
 
@@ -95,12 +95,9 @@ def _places(folder: Path) -> dict[str, str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
+        return read_fields(path, "as a checkpoint has it")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _companions(folder: Path, shards: set[str]) -> tuple[list[Path], list[Path]]:
