@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from jitmoe.errors import AdapterError
+from jitmoe.config import read_fields
+from jitmoe.errors import AdapterError, ConfigError
 from jitmoe.files import replacing, replacing_folder
 
 CONFIG, MODEL, FUSED = "adapter_config.json", "adapter_model.safetensors", "fused_expert_lora.safetensors"
@@ -83,12 +84,9 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterError: there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path} must hold a JSON object")
-    return content
+        return read_fields(path, "as an adapter has it")
+    except ConfigError as error:
+        raise AdapterError(str(error)) from error
 
 
 def write(destination: Path, contents: Mapping[str, Content], force: bool) -> None:
